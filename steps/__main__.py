@@ -1,0 +1,23 @@
+"""Run one step from its spec: `python -m steps SPEC.json`, or `accelerate launch -m steps SPEC.json`."""
+
+import sys
+from pathlib import Path
+
+from steps.frame.runner import run_step
+from steps.frame.spec import StepSpec
+
+
+def main() -> int:
+    """Run the step and return 0 (finished), 2 (refused: bad input) or 1 (failed)."""
+    if len(sys.argv) != 2:
+        print("usage: python -m steps SPEC.json", file=sys.stderr)
+        return 2
+    spec = StepSpec.model_validate_json(Path(sys.argv[1]).read_bytes())
+    result = run_step(spec)
+    if result.message:
+        print(result.message, file=sys.stderr)
+    return {"finished": 0, "refused": 2, "failed": 1}[result.status]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""Artifacts: directories with a manifest, the only thing that travels between steps.
+`kinds` says what an artifact may be, `manifest` what is written about it, `tree` how its bytes are digested, and
+`store` how it is published and found again. Nothing here knows a training library, Prefect or MLflow.
+"""
+from steps.artifacts.kinds import (
+    KINDS,
+    Adapter,
+    AdapterFacts,
+    Artifact,
+    Dataset,
+    DatasetFacts,
+    Draft,
+    Facts,
+    Model,
+    ModelFacts,
+    Package,
+    PackageFacts,
+    Quantized,
+    QuantizedFacts,
+    Report,
+    ReportFacts,
+    RewardModel,
+    kind_named,
+)
+from steps.artifacts.manifest import MANIFEST_NAME, Manifest, Parent
+from steps.artifacts.store import CorruptArtifact, Store
+from steps.artifacts.tree import FileDigest, Tree, digest_file, digest_tree, link_or_copy
+__all__ = [
+    "KINDS",
+    "MANIFEST_NAME",
+    "Adapter",
+    "AdapterFacts",
+    "Artifact",
+    "CorruptArtifact",
+    "Dataset",
+    "DatasetFacts",
+    "Draft",
+    "Facts",
+    "FileDigest",
+    "Manifest",
+    "Model",
+    "ModelFacts",
+    "Package",
+    "PackageFacts",
+    "Parent",
+    "Quantized",
+    "QuantizedFacts",
+    "Report",
+    "ReportFacts",
+    "RewardModel",
+    "Store",
+    "Tree",
+    "digest_file",
+    "digest_tree",
+    "kind_named",
+    "link_or_copy",
+]

@@ -1,0 +1,210 @@
+"""The artifact kinds: the types by which a recipe is checked before it runs."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from steps.artifacts.manifest import Manifest
+
+
+class Facts(BaseModel):
+    """What a later step must know of an artifact without opening its files."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DatasetFacts(Facts):
+    """Facts of rows in `rows.jsonl`."""
+
+    rows: int
+    format: Literal["messages", "prompt_answer", "preference", "text"]
+    template_sha256: str | None = None
+    """Chat template by which the rows' lengths were measured."""
+    statistics: Mapping[str, float] = {}
+
+
+class ModelFacts(Facts):
+    """Facts of a full Hugging Face checkpoint (safetensors, config, tokenizer)."""
+
+    architecture: str
+    """Class name in `config.json`, e.g. `LlamaForCausalLM`."""
+    parameters: int
+    dtype: str
+    hidden_size: int
+    vocabulary: int
+    tied_embeddings: bool
+    tokenizer_sha256: str
+    """sha256 of `tokenizer.json`."""
+    template_sha256: str | None
+    """sha256 of the chat template's text; None where the tokenizer has none."""
+    stop_token_ids: tuple[int, ...]
+    licence: str | None = None
+    origin: str | None = None
+    """URI of the pretrained model at the root of the lineage."""
+
+
+class AdapterFacts(Facts):
+    """Facts of PEFT weights; `base` is the digest of the model they were trained on."""
+
+    method: str
+    """`lora`, ..."""
+    rank: int
+    parameters: int
+    base: str
+    base_architecture: str
+    template_sha256: str | None
+    stop_token_ids: tuple[int, ...]
+
+
+class QuantizedFacts(Facts):
+    """Facts of a quantized model."""
+
+    format: Literal["gguf", "gptq", "awq", "bnb", "fp8"]
+    scheme: str
+    """The field's own name: `Q4_K_M`, `Int4-g128`, ..."""
+    bits_per_weight: float
+    template_sha256: str | None
+    stop_token_ids: tuple[int, ...]
+    architecture: str
+    parameters: int
+    fallbacks: int = 0
+    """Tensors stored in another type than the scheme's own (rows that do not divide into its blocks)."""
+
+
+class ReportFacts(Facts):
+    """Facts of a report: its headline metrics; the per-sample rows are in its files."""
+
+    metrics: Mapping[str, float]
+
+
+class PackageFacts(Facts):
+    """Facts of a package: what it holds."""
+
+    members: tuple[str, ...]
+
+
+F = TypeVar("F", bound=Facts)
+
+
+class Artifact(Generic[F]):
+    """A published artifact: its directory and its manifest. Subclasses are the kinds."""
+
+    kind: ClassVar[str]
+    Facts: ClassVar[type[Facts]]
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.facts: F = self.Facts.model_validate(manifest.facts)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def __repr__(self) -> str:
+        return f"{self.kind}({self.digest[:12]} at {self.path})"
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the manifest: the artifact's name everywhere."""
+        return self.manifest.digest
+
+    @property
+    def size(self) -> int:
+        """Bytes of its files."""
+        return self.manifest.size
+
+    @classmethod
+    def draft(cls, path: Path, facts: F) -> "Draft":
+        """Say that the files under `path` are an artifact of this kind; the frame digests and publishes them."""
+        return Draft(cls, path, facts)
+
+
+class Draft:
+    """What a step returns: files that are complete but not yet published."""
+
+    def __init__(self, kind: type[Artifact[Any]], path: Path, facts: Facts) -> None:
+        if not isinstance(facts, kind.Facts):
+            raise TypeError(f"{kind.kind} has facts of type {kind.Facts.__name__}, not {type(facts).__name__}")
+        self.kind = kind
+        self.path = path
+        self.facts = facts
+
+
+class Dataset(Artifact[DatasetFacts]):
+    """Rows, one JSON object a line, in `rows.jsonl`."""
+
+    kind = "Dataset"
+    Facts = DatasetFacts
+
+    @property
+    def rows_file(self) -> Path:
+        """The file of rows."""
+        return self.path / "rows.jsonl"
+
+
+class Model(Artifact[ModelFacts]):
+    """A full Hugging Face checkpoint: safetensors only, with tokenizer and chat template."""
+
+    kind = "Model"
+    Facts = ModelFacts
+
+
+class RewardModel(Artifact[ModelFacts]):
+    """A checkpoint whose head gives a scalar reward."""
+
+    kind = "RewardModel"
+    Facts = ModelFacts
+
+
+class Adapter(Artifact[AdapterFacts]):
+    """PEFT weights and a reference to their base."""
+
+    kind = "Adapter"
+    Facts = AdapterFacts
+
+
+class Quantized(Artifact[QuantizedFacts]):
+    """A quantized model: GGUF file, or a GPTQ/AWQ/... checkpoint directory."""
+
+    kind = "Quantized"
+    Facts = QuantizedFacts
+
+    @property
+    def gguf_file(self) -> Path:
+        """The one `.gguf` file of a GGUF artifact.
+
+        Raises:
+            ValueError: the format is another.
+        """
+        files = sorted(self.path.glob("*.gguf"))
+        if len(files) != 1:
+            raise ValueError(f"{self!r} is {self.facts.format}, it holds {len(files)} GGUF files")
+        return files[0]
+
+
+class Report(Artifact[ReportFacts]):
+    """Metrics in the facts, per-sample rows in `rows.jsonl`, plots beside them."""
+
+    kind = "Report"
+    Facts = ReportFacts
+
+    @property
+    def rows_file(self) -> Path:
+        """The file of per-sample rows."""
+        return self.path / "rows.jsonl"
+
+
+class Package(Artifact[PackageFacts]):
+    """A bundle to hand out: weights, tokenizer, template, card, checksums."""
+
+    kind = "Package"
+    Facts = PackageFacts
+
+
+KINDS: dict[str, type[Artifact[Any]]] = {
+    kind.kind: kind for kind in (Dataset, Model, RewardModel, Adapter, Quantized, Report, Package)
+}
+
+
+def kind_named(name: str) -> type[Artifact[Any]]:
+    """Return the artifact class of a kind's name; KeyError where there is none."""
+    return KINDS[name]

@@ -1,0 +1,165 @@
+"""Step configs: frozen pydantic models whose `Input[...]` fields are the edges of the recipe's graph."""
+
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from steps.artifacts import Artifact
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A reference to another step's output, as a recipe writes it: `sft` or `data.train`."""
+
+    step: str
+    output: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> "Ref":
+        """Read `step` or `step.output`. Names of matrix members, `gguf[Q4_K_M]`, keep their brackets."""
+        head, bracket, tail = text.partition("]")
+        if bracket:
+            return cls(head + bracket, tail.removeprefix("."))
+        step, _, output = text.partition(".")
+        return cls(step, output)
+
+    def __str__(self) -> str:
+        return f"{self.step}.{self.output}" if self.output else self.step
+
+
+class Edge:
+    """Marks a field as an input. Before the run it holds a `Ref`, inside the step the artifact itself."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        kinds = kinds_in(source)
+
+        def check(value: Any) -> Any:
+            if isinstance(value, (Ref, *kinds)):
+                return value
+            if isinstance(value, str):
+                return Ref.parse(value)
+            raise ValueError(f"name the step that makes it, not {value!r}")
+
+        return core_schema.no_info_plain_validator_function(
+            check, serialization=core_schema.plain_serializer_function_ser_schema(str)
+        )
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"type": "string", "description": "Name of a step (`sft`) or of one output of a step (`data.train`)."}
+
+
+class SourceMark:
+    """Marks a string field as an external source; its fingerprint is part of the step's key."""
+
+
+K = TypeVar("K")
+Input = Annotated[K, Edge()]
+"""`Input[Model]`: the field takes the output of a step that gives a Model. `Input[Model | Quantized]` takes either."""
+
+Source = Annotated[str, SourceMark()]
+"""A URI outside the recipe: `pypi://`, `hf://`, `file://`, `registry://`, a path, or a built-in data source."""
+
+
+@dataclass(frozen=True)
+class Follow:
+    """Default of an input: what to connect when the recipe does not say.
+
+    `Follow("base")` is the recipe's own base; `Follow("adapter.model")` is whatever the step behind the field
+    `adapter` took as its `model`.
+    """
+
+    path: str
+    required: bool = True
+    """Whether it is an error that there is nothing to follow."""
+
+
+def Follows(path: str, *, required: bool = True) -> Any:  # noqa: N802 - reads as a field default, like pydantic's Field
+    """Field default that makes the graph fill an unset input, see `Follow`."""
+    return Field(default=None, json_schema_extra={"follows": path, "required": required})
+
+
+class Resources(BaseModel):
+    """What a step asks of the machine that runs it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cpus: int = Field(default=0, ge=0)
+    """Cores; 0 takes all of the machine's."""
+    gpus: int = Field(default=0, ge=0)
+    memory_gb: float = Field(default=0, ge=0)
+    """Memory to reserve in GB; 0 leaves it unreserved."""
+    timeout_minutes: float = Field(default=0, ge=0)
+    """Minutes after which the step is killed; 0 is no limit."""
+
+
+class StepConfig(BaseModel):
+    """Base of every step's config. Unknown keys are refused; nothing can be changed after validation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True)
+class EdgeSpec:
+    """What the planner knows of one input field."""
+
+    field: str
+    kinds: tuple[type[Artifact[Any]], ...]
+    many: bool
+    optional: bool
+    follow: Follow | None
+
+
+def edges_of(config: type[StepConfig]) -> dict[str, EdgeSpec]:
+    """Return the input fields of a config class, by field name."""
+    edges = {}
+    for name, field in config.model_fields.items():
+        annotation: Any = field.annotation
+        if any(isinstance(mark, Edge) for mark in field.metadata):
+            annotation = Annotated[annotation, Edge()]
+        marked = list(_marked(annotation, Edge))
+        if not marked:
+            continue
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        path = extra.get("follows")
+        edges[name] = EdgeSpec(
+            field=name,
+            kinds=tuple(kind for source in marked for kind in kinds_in(source)),
+            many=get_origin(annotation) in (list, tuple),
+            optional=not field.is_required(),
+            follow=Follow(str(path), bool(extra["required"])) if path else None,
+        )
+    return edges
+
+
+def sources_of(config: StepConfig) -> dict[str, list[str]]:
+    """Return the external sources that a config names, by field."""
+    found = {}
+    for name, field in type(config).model_fields.items():
+        marked = any(isinstance(mark, SourceMark) for mark in field.metadata)
+        if not marked and not any(True for _ in _marked(field.annotation, SourceMark)):
+            continue
+        value = getattr(config, name)
+        found[name] = [value] if isinstance(value, str) else list(value or ())
+    return found
+
+
+def kinds_in(annotation: Any) -> tuple[type[Artifact[Any]], ...]:
+    """Return the artifact classes in `Model` or `Model | Quantized`."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return tuple(kind for part in get_args(annotation) for kind in kinds_in(part))
+    return (annotation,) if isinstance(annotation, type) and issubclass(annotation, Artifact) else ()
+
+
+def _marked(annotation: Any, mark: type) -> Iterator[Any]:
+    """Yield what each `Annotated[..., mark]` inside an annotation wraps."""
+    if get_origin(annotation) is Annotated:
+        inner, *marks = get_args(annotation)
+        if any(isinstance(each, mark) for each in marks):
+            yield inner
+            return
+    for part in get_args(annotation):
+        yield from _marked(part, mark)

@@ -1,0 +1,20 @@
+"""Errors that are the user's to mend: one clear sentence, exit code 2, no traceback."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """Bad input. The message names the file, the key and what would be right, in one sentence."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `; did you mean X?` for the nearest known word, else the list of what is known.
+
+    >>> did_you_mean("epoch", ["epochs", "rank"])
+    '; did you mean `epochs`?'
+    """
+    names = sorted(known)
+    if near := get_close_matches(word, names, n=1, cutoff=0.6):
+        return f"; did you mean `{near[0]}`?"
+    return f"; known here: {', '.join(names)}" if names else ""

@@ -1,0 +1,84 @@
+"""The job: what a step's function may ask of the world."""
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from steps.frame.config import Resources
+from steps.frame.spec import METRICS_NAME, PLOTS_NAME, PROGRESS_NAME, InputSpec, StepSpec
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Job:
+    """Directories, logger, metrics, progress and resources of one running step."""
+
+    def __init__(self, spec: StepSpec) -> None:
+        self.name = spec.name
+        self.key = spec.key
+        self.resources: Resources = spec.resources
+        self.cache = spec.cache
+        """Downloads, shared by all steps; write into it atomically."""
+        self.resolved: Mapping[str, InputSpec] = spec.resolved
+        """Registry sources by URI, fetched before the step began."""
+        self.log = logging.getLogger(f"posttrain.{spec.name}")
+        self._work = spec.work
+        self._last_progress = 0.0
+        self._last_metrics: dict[str, float] = {}
+        self._metrics = (spec.work / METRICS_NAME).open("a", encoding="utf-8")
+
+    @property
+    def scratch(self) -> Path:
+        """A directory that survives a restart: checkpoints go here."""
+        path = self._work / "scratch"
+        path.mkdir(exist_ok=True)
+        return path
+
+    @property
+    def cpus(self) -> int:
+        """Cores granted."""
+        return self.resources.cpus or os.cpu_count() or 1
+
+    def output(self, name: str = "") -> Path:
+        """Return a fresh directory for one output; its content is published when the step returns."""
+        path = self._work / "staging" / (name or "output")
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        return path
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Record metrics; `step` is the x axis of a curve. A later value at the same step replaces an earlier one."""
+        values = {name: float(value) for name, value in metrics.items()}
+        self._last_metrics.update(values)
+        line = {"step": step, "time": time.time(), "values": values}
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+
+    @property
+    def last_metrics(self) -> dict[str, float]:
+        """Last value of every metric that was logged."""
+        return dict(self._last_metrics)
+
+    def log_figure(self, name: str, figure: "Figure") -> None:
+        """Keep a matplotlib figure as `NAME.png` and `NAME.svg` among the step's plots."""
+        folder = self._work / PLOTS_NAME
+        folder.mkdir(exist_ok=True)
+        figure.savefig(folder / f"{name}.png", dpi=144, bbox_inches="tight")
+        figure.savefig(folder / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
+
+    def progress(self, done: float, total: float, what: str = "") -> None:
+        """Say how far the step is; shown on the terminal and in Prefect. Written at most five times a second."""
+        now = time.monotonic()
+        if done < total and now - self._last_progress < 0.2:
+            return
+        self._last_progress = now
+        path = self._work / PROGRESS_NAME
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({"done": done, "total": total, "what": what}))
+        partial.replace(path)

@@ -1,0 +1,135 @@
+"""Step kinds: the decorator that declares one, and how a kind's name finds its file.
+
+The kind `train.sft` lives in `steps/train/sft.py`, so a new kind is one new file. A step's module imports only light
+things at its top; torch and its friends are imported inside the functions, because planning reads every module.
+"""
+
+import importlib
+import importlib.metadata
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, TypeVar
+
+import steps as rooms
+from steps.artifacts import Artifact
+from steps.frame.config import EdgeSpec, Resources, StepConfig, edges_of
+from steps.frame.errors import UserError, did_you_mean
+
+C = TypeVar("C", bound=StepConfig)
+
+# Packages of `steps` that hold the frame and what step kinds share, not step kinds.
+_NOT_KINDS = {"artifacts", "frame", "sources", "lm"}
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """A step kind as the planner sees it."""
+
+    name: str
+    config: type[StepConfig]
+    outputs: Mapping[str, type[Artifact[Any]]]
+    """Kind of each output; the only output of a step has the name ``."""
+    run: Callable[..., Any]
+    reference: str
+    """The paper or page that it implements."""
+    version: int
+    """Raised when the same config gives other results than before."""
+    libraries: tuple[str, ...]
+    """Distributions whose versions shape the result."""
+    preload: tuple[str, ...]
+    """Modules the fork server imports once for all steps."""
+    resources: Resources
+    environment: str
+    """Name of the environment it runs in; empty is the project's own."""
+    edges: Mapping[str, EdgeSpec] = field(default_factory=dict)
+
+    @property
+    def summary(self) -> str:
+        """First line of the config's docstring."""
+        return (self.config.__doc__ or "").strip().splitlines()[0]
+
+    def library_versions(self) -> dict[str, str]:
+        """Installed versions of `libraries`, without importing them."""
+        return {name: _version(name) for name in self.libraries}
+
+
+_kinds: dict[str, StepKind] = {}
+
+
+def step(
+    name: str,
+    *,
+    produces: type[Artifact[Any]] | Mapping[str, type[Artifact[Any]]],
+    reference: str,
+    version: int = 1,
+    libraries: tuple[str, ...] = (),
+    preload: tuple[str, ...] = (),
+    resources: Resources | None = None,
+    environment: str = "",
+) -> Callable[[Callable[[C, Any], Any]], Callable[[C, Any], Any]]:
+    """Register the decorated function as a step kind.
+
+    The function takes its config (inputs already resolved to artifacts) and a `Job`, and returns a draft, or one
+    draft per output. `name` must be the module's own path, so that a kind is found without a table.
+    """
+
+    def register(run: Callable[[C, Any], Any]) -> Callable[[C, Any], Any]:
+        if run.__module__ != f"steps.{name}":
+            raise TypeError(f"step kind {name} must live in steps/{name.replace('.', '/')}.py, not {run.__module__}")
+        config = next(iter(run.__annotations__.values()))
+        _kinds[name] = StepKind(
+            name=name,
+            config=config,
+            outputs=dict(produces) if isinstance(produces, Mapping) else {"": produces},
+            run=run,
+            reference=reference,
+            version=version,
+            libraries=libraries,
+            preload=preload,
+            resources=resources or Resources(cpus=1),
+            environment=environment,
+            edges=edges_of(config),
+        )
+        return run
+
+    return register
+
+
+def load_kind(name: str) -> StepKind:
+    """Return a step kind by name, importing only its own module.
+
+    Raises:
+        UserError: there is no such kind.
+    """
+    if name not in kind_names():
+        raise UserError(f"unknown step kind `{name}`{did_you_mean(name, kind_names())}")
+    importlib.import_module(f"steps.{name}")
+    return _kinds[name]
+
+
+def all_kinds() -> list[StepKind]:
+    """Return every step kind, sorted by name."""
+    return [load_kind(name) for name in kind_names()]
+
+
+@cache
+def kind_names() -> tuple[str, ...]:
+    """Return the names of all step kinds: the modules `steps/<room>/<kind>.py` whose names have no underscore first."""
+    names = []
+    for room in pkgutil.iter_modules(rooms.__path__):
+        if not room.ispkg or room.name in _NOT_KINDS:
+            continue
+        path = [f"{base}/{room.name}" for base in rooms.__path__]
+        modules = pkgutil.iter_modules(path)
+        names += [f"{room.name}.{module.name}" for module in modules if not module.name.startswith("_")]
+    return tuple(sorted(names))
+
+
+@cache
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"

@@ -1,0 +1,142 @@
+"""Run one step in this process: resolve its inputs, call it, digest and publish what it returns."""
+
+import errno
+import logging
+import os
+import resource
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from steps.artifacts import Artifact, Draft, Manifest, Parent, Store, digest_tree
+from steps.frame.config import StepConfig
+from steps.frame.errors import UserError
+from steps.frame.job import Job
+from steps.frame.kinds import StepKind, load_kind
+from steps.frame.spec import RESULT_NAME, InputSpec, StepResult, StepSpec
+
+
+def run_step(spec: StepSpec) -> StepResult:
+    """Run a step to its end and write `result.json` into its work directory.
+
+    Never raises for what a step does: a `UserError` becomes `refused`, anything else `failed` with the last line of
+    the traceback (the whole of it is in the log).
+    """
+    began = time.perf_counter()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    try:
+        result = _run(spec)
+    except UserError as error:
+        result = StepResult(status="refused", message=str(error))
+    except Exception as error:
+        traceback.print_exc()
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        result = StepResult(status="refused", message=_disk_full(spec)) if full else _failed(error)
+    if result.status != "finished":
+        shutil.rmtree(spec.work / "staging", ignore_errors=True)
+    result = result.model_copy(update={"seconds": time.perf_counter() - began, "peak_memory": peak_memory()})
+    _write_result(spec.work, result)
+    return result
+
+
+def peak_memory() -> int:
+    """Largest resident set of this process or of any child it waited for, in bytes."""
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return max(usage.ru_maxrss for usage in usages) * 1024
+
+
+def _run(spec: StepSpec) -> StepResult:
+    began = time.perf_counter()
+    kind = load_kind(spec.kind)
+    config, parents = _resolve(kind, spec)
+    job = Job(spec)
+    _limit_threads(job.cpus)
+    ready = time.perf_counter()
+    returned = kind.run(config, job)
+    done = time.perf_counter()
+    drafts: Mapping[str, Draft] = {"": returned} if isinstance(returned, Draft) else returned
+    _check_outputs(kind, drafts)
+    store = Store(spec.store)
+    outputs = {name: _publish(spec, kind, name, draft, parents, store).digest for name, draft in drafts.items()}
+    shutil.rmtree(spec.work / "staging", ignore_errors=True)
+    own = ready - began + time.perf_counter() - done
+    return StepResult(status="finished", outputs=outputs, metrics=job.last_metrics, load_seconds=own)
+
+
+def _resolve(kind: StepKind, spec: StepSpec) -> tuple[StepConfig, dict[str, Parent]]:
+    """Build the config with artifacts in place of references, and the parents by role."""
+    store = Store(spec.store)
+    values: dict[str, Any] = dict(spec.config)
+    parents: dict[str, Parent] = {}
+
+    def opened(role: str, item: InputSpec) -> Artifact[Any]:
+        artifact = store.open(item.digest)
+        parents[role] = Parent(kind=artifact.kind, digest=artifact.digest)
+        return artifact
+
+    for field, items in spec.inputs.items():
+        if field in spec.lists:
+            values[field] = [opened(f"{field}.{index}", item) for index, item in enumerate(items)]
+        else:
+            values[field] = opened(field, items[0])
+    try:
+        return kind.config.model_validate(values), parents
+    except ValidationError as error:
+        raise UserError(f"step `{spec.name}` ({kind.name}): {error}") from error
+
+
+def _publish(
+    spec: StepSpec, kind: StepKind, name: str, draft: Draft, parents: Mapping[str, Parent], store: Store
+) -> Artifact[Any]:
+    tree = digest_tree(draft.path)
+    manifest = Manifest(
+        kind=draft.kind.kind,
+        tree=tree.sha256,
+        files=tree.files,
+        parents=parents,
+        step=kind.name,
+        output=name,
+        key=spec.key,
+        config=spec.config,
+        libraries=kind.library_versions(),
+        facts=draft.facts.model_dump(mode="json"),
+    )
+    return store.publish(draft.path, manifest)
+
+
+def _check_outputs(kind: StepKind, drafts: Mapping[str, Draft]) -> None:
+    found = {name: draft.kind for name, draft in drafts.items()}
+    if found != dict(kind.outputs):
+        raise TypeError(f"{kind.name} must return {dict(kind.outputs)}, it returned {found}")
+
+
+def _limit_threads(cpus: int) -> None:
+    """Fix the number of threads, so that results do not depend on what else runs on the machine."""
+    os.environ["OMP_NUM_THREADS"] = str(cpus)
+    os.environ["RAYON_NUM_THREADS"] = str(cpus)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(cpus)
+
+
+def _disk_full(spec: StepSpec) -> str:
+    full = min((spec.work, spec.store.parent, spec.cache), key=lambda path: shutil.disk_usage(path).free)
+    free = shutil.disk_usage(full).free
+    return f"step `{spec.name}`: the disk that holds {full} is full ({free / 1e6:.0f} MB left); free some space and run again"
+
+
+def _failed(error: Exception) -> StepResult:
+    message = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+    return StepResult(status="failed", message=message)
+
+
+def _write_result(work: Path, result: StepResult) -> None:
+    partial = work / f"{RESULT_NAME}.partial"
+    partial.write_text(result.model_dump_json())
+    partial.replace(work / RESULT_NAME)

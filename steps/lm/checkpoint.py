@@ -1,0 +1,142 @@
+"""Hugging Face checkpoints on disk: their facts, read without torch, and how they are loaded and saved."""
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from steps.artifacts import ModelFacts, digest_file
+from steps.frame.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+def model_facts(directory: Path, *, origin: str | None = None, licence: str | None = None) -> ModelFacts:
+    """Read the facts of a checkpoint from its headers and JSON files.
+
+    Raises:
+        UserError: a part is missing, or the weights are a pickle.
+    """
+    check_safetensors(directory)
+    config = _read_json(directory / "config.json")
+    text_config = config.get("text_config", config)
+    tensors = dict(safetensors_headers(directory))
+    counts: dict[str, int] = {}
+    for header in tensors.values():
+        counts[header["dtype"]] = counts.get(header["dtype"], 0) + _elements(header["shape"])
+    commonest = max(counts, key=lambda dtype: counts[dtype])
+    tokenizer = directory / "tokenizer.json"
+    if not tokenizer.exists():
+        raise UserError(f"{directory}: no tokenizer.json; posttrain needs a fast tokenizer beside the weights")
+    return ModelFacts(
+        architecture=(config.get("architectures") or ["unknown"])[0],
+        parameters=sum(counts.values()),
+        dtype=_DTYPES.get(commonest, commonest.lower()),
+        hidden_size=text_config["hidden_size"],
+        vocabulary=text_config["vocab_size"],
+        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tokenizer_sha256=digest_file(tokenizer).sha256,
+        template_sha256=template_sha256(directory),
+        stop_token_ids=stop_token_ids(directory),
+        licence=licence,
+        origin=origin,
+    )
+
+
+def check_safetensors(directory: Path) -> None:
+    """Refuse a checkpoint without safetensors: loading a pickle would run whatever code is in it.
+
+    Raises:
+        UserError: there are no safetensors files.
+    """
+    if any(directory.glob("*.safetensors")):
+        return
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
+    if pickles:
+        raise UserError(
+            f"{directory}: the weights are a pickle ({pickles[0]}), which could run code when it is loaded; "
+            "convert them to safetensors first"
+        )
+    raise UserError(f"{directory}: no *.safetensors file; a model is a Hugging Face checkpoint in safetensors")
+
+
+def safetensors_headers(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield name and header (`dtype`, `shape`, `data_offsets`) of every tensor, without reading its data."""
+    for path in sorted(directory.glob("*.safetensors")):
+        with path.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+        yield from ((name, entry) for name, entry in header.items() if name != "__metadata__")
+
+
+def chat_template(directory: Path) -> str | None:
+    """Return the chat template's text, from `chat_template.jinja` or `tokenizer_config.json`."""
+    file = directory / "chat_template.jinja"
+    if file.exists():
+        return file.read_text(encoding="utf-8")
+    config = directory / "tokenizer_config.json"
+    template = _read_json(config).get("chat_template") if config.exists() else None
+    return template if isinstance(template, str) else None
+
+
+def template_sha256(directory: Path) -> str | None:
+    """Return the sha256 of the chat template's text; None where there is none."""
+    import hashlib
+
+    template = chat_template(directory)
+    return None if template is None else hashlib.sha256(template.encode()).hexdigest()
+
+
+def stop_token_ids(directory: Path) -> tuple[int, ...]:
+    """Return the ids at which generation ends: `generation_config.json`, else `config.json`; sorted."""
+    for name in ("generation_config.json", "config.json"):
+        path = directory / name
+        if path.exists() and (ids := _read_json(path).get("eos_token_id")) is not None:
+            return tuple(sorted({ids} if isinstance(ids, int) else set(ids)))
+    return ()
+
+
+def load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
+    """Load a checkpoint's tokenizer; never runs code from the checkpoint."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+
+
+def load_model(directory: Path, dtype: Dtype) -> "PreTrainedModel":
+    """Load a causal language model in `dtype`; safetensors only, never runs code from the checkpoint."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    check_safetensors(directory)
+    return AutoModelForCausalLM.from_pretrained(
+        directory, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
+    )
+
+
+def save_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", directory: Path) -> None:
+    """Save weights, config, generation config, tokenizer and chat template."""
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _elements(shape: list[int]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent}: no {path.name}; a model is a Hugging Face checkpoint directory") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None

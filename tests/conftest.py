@@ -1,0 +1,105 @@
+"""What many tests share: a fork server, a store, and a pico model made once in the session."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steps.artifacts import Artifact, Store
+from steps.frame.keys import step_key
+from steps.frame.kinds import load_kind
+from steps.frame.launch import Launcher
+from steps.frame.spec import InputSpec, StepResult, StepSpec
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+
+
+class Bench:
+    """Runs single steps as the flow would: spec, process of its own, published artifacts."""
+
+    def __init__(self, root: Path, launcher: Launcher) -> None:
+        self.root = root
+        self.launcher = launcher
+        self.store = Store(root / "artifacts")
+        self.last: StepResult | None = None
+
+    def attempt(
+        self,
+        kind: str,
+        inputs: Mapping[str, Artifact[Any] | Sequence[Artifact[Any]]] | None = None,
+        name: str | None = None,
+        **config: Any,
+    ) -> StepResult:
+        """Run a step and return what became of it, refused and failed included."""
+        declared = load_kind(kind)
+        given = {field: [value] if isinstance(value, Artifact) else list(value) for field, value in (inputs or {}).items()}
+        lists = tuple(field for field, value in (inputs or {}).items() if not isinstance(value, Artifact))
+        parents = {field: [f"{artifact.manifest.key}:{artifact.manifest.output}" for artifact in value] for field, value in given.items()}
+        whole = declared.config.model_validate(
+            {**config, **{field: value if field in lists else value[0] for field, value in given.items()}}
+        )
+        plain = whole.model_dump(mode="json", exclude=set(given))
+        key = step_key(declared, whole, parents, {})
+        spec = StepSpec(
+            name=name or kind.rpartition(".")[2],
+            kind=kind,
+            key=key,
+            config=plain,
+            inputs={
+                field: tuple(InputSpec(path=artifact.path, digest=artifact.digest) for artifact in value)
+                for field, value in given.items()
+            },
+            lists=lists,
+            work=self.root / "work" / key[:16],
+            store=self.store.root,
+            cache=self.root / "cache",
+            resources=declared.resources,
+        )
+        self.last = self.launcher.run(spec)
+        return self.last
+
+    def run(self, kind: str, inputs: Any = None, **config: Any) -> dict[str, Any]:
+        """Run a step that must finish; return its artifacts by output name."""
+        result = self.attempt(kind, inputs, **config)
+        assert result.status == "finished", result.message
+        return {name: self.store.open(digest) for name, digest in result.outputs.items()}
+
+
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    """One fork server for all tests, with the heavy libraries loaded."""
+    preload = ["torch", "transformers", "datasets", "peft", "trl.trainer.sft_trainer"]
+    launcher = Launcher(preload, tmp_path_factory.mktemp("forkserver") / "log.txt")
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory, launcher: Launcher) -> Bench:
+    """A store and work directory that last for the session."""
+    root = tmp_path_factory.mktemp("bench")
+    (root / "cache").mkdir()
+    return Bench(root, launcher)
+
+
+@pytest.fixture(scope="session")
+def pico(bench: Bench) -> Any:
+    """A pretrained pico model (hidden 256, 2 layers)."""
+    return bench.run("model.pico", seed=1)[""]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str, str], Path]:
+    """Write a text file below the test's directory."""
+
+    def writer(name: str, content: str) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+        return path
+
+    return writer
