@@ -64,6 +64,21 @@ class Store:
                 return f"{name} was changed"
         return None
 
+    def quick_fault(self, digest: str) -> str | None:
+        """Check names and sizes only, for a preview; a run checks every byte with `fault`."""
+        path = self.path(digest)
+        if not self.has(digest):
+            return "missing"
+        try:
+            manifest = Manifest.read(path)
+        except ValueError:
+            return f"{MANIFEST_NAME} is damaged"
+        for name, entry in manifest.files.items():
+            file = path / name
+            if not file.is_file() or file.stat().st_size != entry.size:
+                return f"{name} is missing or cut"
+        return None
+
     def verify(self, digest: str) -> Artifact[Any]:
         """Return the artifact, every byte checked.
 

@@ -82,6 +82,14 @@ def Follows(path: str, *, required: bool = True) -> Any:  # noqa: N802 - reads a
     return Field(default=None, json_schema_extra={"follows": path, "required": required})
 
 
+def NamesOf(field: str) -> Any:  # noqa: N802 - reads as a field default, like pydantic's Field
+    """Field default that the graph fills with the names of the steps behind an input field.
+
+    For a list of inputs the field is a `tuple[str, ...]`, for a single one a `str`.
+    """
+    return Field(default=None, json_schema_extra={"names_of": field})
+
+
 class Resources(BaseModel):
     """What a step asks of the machine that runs it."""
 
@@ -133,6 +141,16 @@ def edges_of(config: type[StepConfig]) -> dict[str, EdgeSpec]:
             follow=Follow(str(path), bool(extra["required"])) if path else None,
         )
     return edges
+
+
+def name_fields_of(config: type[StepConfig]) -> dict[str, str]:
+    """Return the fields declared by `NamesOf`, each with the input field whose steps it names."""
+    found = {}
+    for name, field in config.model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and "names_of" in extra:
+            found[name] = str(extra["names_of"])
+    return found
 
 
 def sources_of(config: StepConfig) -> dict[str, list[str]]:

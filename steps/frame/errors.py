@@ -18,3 +18,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if near := get_close_matches(word, names, n=1, cutoff=0.6):
         return f"; did you mean `{near[0]}`?"
     return f"; known here: {', '.join(names)}" if names else ""
+
+
+class ProofFailed(Exception):
+    """A step's own check of its result did not hold. The message gives the figures and the bounds."""

@@ -29,8 +29,8 @@ class StepKind:
 
     name: str
     config: type[StepConfig]
-    outputs: Mapping[str, type[Artifact[Any]]]
-    """Kind of each output; the only output of a step has the name ``."""
+    outputs: Mapping[str, tuple[type[Artifact[Any]], ...]]
+    """Kinds that each output may be; the only output of a step has the name ``."""
     run: Callable[..., Any]
     reference: str
     """The paper or page that it implements."""
@@ -44,6 +44,13 @@ class StepKind:
     environment: str
     """Name of the environment it runs in; empty is the project's own."""
     edges: Mapping[str, EdgeSpec] = field(default_factory=dict)
+
+    def outputs_of(self, config: StepConfig) -> dict[str, type[Artifact[Any]]]:
+        """Kind of each output for this config: where there is a choice, the config's `produced()` makes it."""
+        return {
+            name: kinds[0] if len(kinds) == 1 else config.produced()  # pyright: ignore[reportAttributeAccessIssue]
+            for name, kinds in self.outputs.items()
+        }
 
     @property
     def summary(self) -> str:
@@ -61,7 +68,7 @@ _kinds: dict[str, StepKind] = {}
 def step(
     name: str,
     *,
-    produces: type[Artifact[Any]] | Mapping[str, type[Artifact[Any]]],
+    produces: type[Artifact[Any]] | tuple[type[Artifact[Any]], ...] | Mapping[str, type[Artifact[Any]]],
     reference: str,
     version: int = 1,
     libraries: tuple[str, ...] = (),
@@ -72,7 +79,9 @@ def step(
     """Register the decorated function as a step kind.
 
     The function takes its config (inputs already resolved to artifacts) and a `Job`, and returns a draft, or one
-    draft per output. `name` must be the module's own path, so that a kind is found without a table.
+    draft per output. `name` must be the module's own path, so that a kind is found without a table. `produces` is
+    one artifact kind, a mapping for several outputs, or a tuple of kinds among which the config's method
+    `produced()` chooses.
     """
 
     def register(run: Callable[[C, Any], Any]) -> Callable[[C, Any], Any]:
@@ -82,7 +91,7 @@ def step(
         _kinds[name] = StepKind(
             name=name,
             config=config,
-            outputs=dict(produces) if isinstance(produces, Mapping) else {"": produces},
+            outputs=_outputs(produces),
             run=run,
             reference=reference,
             version=version,
@@ -125,6 +134,14 @@ def kind_names() -> tuple[str, ...]:
         modules = pkgutil.iter_modules(path)
         names += [f"{room.name}.{module.name}" for module in modules if not module.name.startswith("_")]
     return tuple(sorted(names))
+
+
+def _outputs(
+    produces: type[Artifact[Any]] | tuple[type[Artifact[Any]], ...] | Mapping[str, type[Artifact[Any]]],
+) -> dict[str, tuple[type[Artifact[Any]], ...]]:
+    if isinstance(produces, Mapping):
+        return {name: (kind,) for name, kind in produces.items()}
+    return {"": produces if isinstance(produces, tuple) else (produces,)}
 
 
 @cache

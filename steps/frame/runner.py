@@ -61,7 +61,7 @@ def _run(spec: StepSpec) -> StepResult:
     returned = kind.run(config, job)
     done = time.perf_counter()
     drafts: Mapping[str, Draft] = {"": returned} if isinstance(returned, Draft) else returned
-    _check_outputs(kind, drafts)
+    _check_outputs(kind, config, drafts)
     store = Store(spec.store)
     outputs = {name: _publish(spec, kind, name, draft, parents, store).digest for name, draft in drafts.items()}
     shutil.rmtree(spec.work / "staging", ignore_errors=True)
@@ -110,10 +110,10 @@ def _publish(
     return store.publish(draft.path, manifest)
 
 
-def _check_outputs(kind: StepKind, drafts: Mapping[str, Draft]) -> None:
+def _check_outputs(kind: StepKind, config: StepConfig, drafts: Mapping[str, Draft]) -> None:
     found = {name: draft.kind for name, draft in drafts.items()}
-    if found != dict(kind.outputs):
-        raise TypeError(f"{kind.name} must return {dict(kind.outputs)}, it returned {found}")
+    if found != (declared := kind.outputs_of(config)):
+        raise TypeError(f"{kind.name} must return {declared}, it returned {found}")
 
 
 def _limit_threads(cpus: int) -> None:

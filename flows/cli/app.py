@@ -1,0 +1,192 @@
+"""The commands of `posttrain`."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    name="posttrain",
+    help="From an open-weights language model to an evaluated, quantized, versioned artifact that people pull by name.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A file, or a name in recipes/.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Override a key, e.g. steps.sft.epochs=2. Repeatable."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
+def main() -> None:
+    """Run the command line; bad input ends in one sentence and exit code 2."""
+    sys.exit(call(app))
+
+
+def call(command: Any) -> int:
+    """Call a typer application and translate its errors into an exit code."""
+    from registry.errors import RegistryError
+    from steps.frame.errors import UserError
+
+    try:
+        command()
+    except (UserError, RegistryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        return 130
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    return 0
+
+
+@app.command()
+def plan(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
+    """Show what a run would do: per step cached, run, resume or blocked, with predicted time, memory and disk."""
+    from flows.plan import describe
+    from flows.prepare import plan_recipe
+
+    made = plan_recipe(recipe, set_ or [], thorough=False)
+    if as_json:
+        print_json({"recipe": made.graph.loaded.recipe.name, "steps": describe(made)})
+    else:
+        from flows.cli.tables import plan_table
+
+        console().print(plan_table(made))
+    if made.blocked:
+        raise typer.Exit(2)
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    publish: Annotated[bool, typer.Option(help="Register the family that the recipe publishes.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a recipe: only what is not done yet; a second run costs nothing, a killed one goes on."""
+    from flows.cli.running import run_recipe
+
+    ending = run_recipe(recipe, set_ or [], publish=publish, console=console(stderr=as_json))
+    if as_json:
+        print_json(ending.summary())
+    raise typer.Exit(ending.exit_code)
+
+
+@app.command("ls")
+def list_families(as_json: JsonOption = False) -> None:
+    """List the families in the registry, with their champion and their formats."""
+    from flows.cli.tables import families_table
+    from registry.family import list_families as families
+    from registry.home import Home
+
+    found = families(Home.from_environment())
+    if as_json:
+        print_json([json.loads(family.model_dump_json()) for family in found])
+    else:
+        console().print(families_table(found))
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(metavar="FAMILY", help="Name of a family.")], as_json: JsonOption = False
+) -> None:
+    """Show a family: its releases, members, aliases, gate decisions."""
+    from flows.cli.tables import family_table
+    from registry.family import show as show_family
+    from registry.home import Home
+
+    found = show_family(Home.from_environment(), name)
+    if as_json:
+        print_json(json.loads(found.model_dump_json()))
+    else:
+        console().print(family_table(found))
+
+
+@app.command()
+def pull(
+    name: Annotated[str, typer.Argument(metavar="FAMILY[@ALIAS]", help="A family; @champion where nothing is said.")],
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Directory to place it in.")],
+    format_: Annotated[
+        str, typer.Option("--format", metavar="FORMAT", help="gguf:Q4_K_M, gptq-int4, hf or adapter.")
+    ] = "hf",
+    as_json: JsonOption = False,
+) -> None:
+    """Fetch a member of a family, verify every byte and place it in one move; goes on where it was interrupted."""
+    from registry.home import Home
+    from registry.pull import pull as pull_member
+
+    result = pull_member(Home.from_environment(), name, format_, to)
+    if as_json:
+        print_json(json.loads(result.model_dump_json()))
+    else:
+        console().print(result.sentence, highlight=False)
+
+
+@app.command()
+def rollback(
+    name: Annotated[str, typer.Argument(metavar="FAMILY", help="Name of a family.")], as_json: JsonOption = False
+) -> None:
+    """Make the previous champion the champion again."""
+    from registry.home import Home
+    from registry.publish import rollback as roll_back
+
+    result = roll_back(Home.from_environment(), name)
+    if as_json:
+        print_json(json.loads(result.model_dump_json()))
+    else:
+        console().print(result.sentence, highlight=False)
+
+
+@app.command()
+def steps(
+    kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help="A step kind, e.g. train.sft.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the step kinds, or the keys of one."""
+    from flows.cli.tables import describe_kind, kind_table, kinds_table
+    from steps.frame import all_kinds, load_kind
+
+    kinds = [load_kind(kind)] if kind else all_kinds()
+    if as_json:
+        print_json([describe_kind(each) for each in kinds])
+    else:
+        console().print(kind_table(kinds[0]) if kind else kinds_table(kinds))
+
+
+@app.command()
+def schema(
+    to: Annotated[Path | None, typer.Option("--to", metavar="FILE", help="Write it there instead of printing.")] = None,
+) -> None:
+    """Write the JSON Schema of recipes, by which an editor completes and checks them."""
+    from flows.schema import recipe_schema
+
+    text = json.dumps(recipe_schema(), indent=2) + "\n"
+    if to is None:
+        print(text, end="")
+    else:
+        to.write_text(text, encoding="utf-8")
+
+
+def print_json(value: Any) -> None:
+    """Print indented JSON on standard output."""
+    print(json.dumps(value, indent=2, default=str))
+
+
+def console(*, stderr: bool = False) -> "Console":
+    """Return the console for people; scripts that asked for JSON get it on standard error."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
+    return Console(stderr=stderr, width=width)

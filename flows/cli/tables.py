@@ -1,0 +1,148 @@
+"""Tables for people."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from flows.plan import Plan
+from registry.family import Family
+from steps.frame import StepKind
+
+_COLOURS = {"cached": "blue", "run": "yellow", "resume": "cyan", "record": "cyan", "blocked": "red"}
+
+
+def plan_table(plan: Plan) -> Table:
+    """Draw a plan: a row a step."""
+    todo = len(plan.todo)
+    seconds = sum(step.predicted.seconds for step in plan.todo if step.predicted)
+    title = f"{plan.graph.loaded.recipe.name}: {todo} of {len(plan.steps)} steps to run"
+    table = _table("step", "uses", "needs", "status", "time", "memory", "disk", "", title=title)
+    if seconds:
+        table.caption = f"about {duration(seconds)} by what these steps took before"
+    for step in plan.steps.values():
+        predicted = step.predicted
+        table.add_row(
+            Text(step.name, style="bold"),
+            step.node.kind.name,
+            ", ".join(step.node.parents),
+            Text(step.status, style=_COLOURS[step.status]),
+            duration(predicted.seconds) if predicted else "?",
+            size(predicted.peak_memory) if predicted else "?",
+            size(predicted.size) if predicted else "?",
+            step.reason,
+        )
+    return table
+
+
+def families_table(families: Sequence[Family]) -> Table:
+    """Draw all families: a row each."""
+    table = _table("family", "champion", "previous", "candidate", "members")
+    for family in families:
+        aliases = family.aliases
+        names = sorted({member.name for member in family.members})
+        table.add_row(
+            Text(family.name, style="bold"),
+            *(str(aliases.get(alias, "")) for alias in ("champion", "previous", "candidate")),
+            ", ".join(names),
+        )
+    return table
+
+
+def family_table(family: Family) -> Table:
+    """Draw one family: a row a member version, newest first."""
+    by_version: dict[str, list[str]] = {}
+    for alias, version in family.aliases.items():
+        by_version.setdefault(str(version), []).append(alias)
+    table = _table("version", "member", "format", "size", "digest", "release", "aliases", title=family.name)
+    for member in sorted(family.members, key=lambda each: -int(each.version)):
+        scheme = f"{member.format}:{member.scheme}" if member.scheme else member.format
+        table.add_row(
+            str(member.version),
+            Text(member.name, style="bold"),
+            scheme,
+            size(member.size),
+            member.digest[:12],
+            member.release[:12],
+            ", ".join(sorted(by_version.get(str(member.version), []))),
+        )
+    return table
+
+
+def kinds_table(kinds: Sequence[StepKind]) -> Table:
+    """Draw all step kinds."""
+    table = _table("uses", "takes", "gives", "what it does")
+    for kind in kinds:
+        row = describe_kind(kind)
+        takes = ", ".join(f"{name}: {' | '.join(each['kinds'])}" for name, each in row["inputs"].items())
+        gives = ", ".join(f"{name}: {kinds}" if name else kinds for name, kinds in row["outputs"].items())
+        table.add_row(Text(kind.name, style="bold"), takes, gives, kind.summary)
+    return table
+
+
+def kind_table(kind: StepKind) -> Table:
+    """Draw the keys of one step kind."""
+    row = describe_kind(kind)
+    table = _table("key", "type", "default", "meaning", title=f"{kind.name}: {kind.summary}", caption=kind.reference)
+    for name, key in row["keys"].items():
+        table.add_row(Text(name, style="bold"), key["type"], key["default"], key["meaning"])
+    return table
+
+
+def describe_kind(kind: StepKind) -> dict[str, Any]:
+    """Return a step kind as plain data."""
+    fields = kind.config.model_fields
+    keys = {}
+    for name, info in fields.items():
+        edge = kind.edges.get(name)
+        extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+        if "names_of" in extra:
+            continue
+        default = "required" if info.is_required() else str(extra.get("follows") or info.get_default())
+        taken = " | ".join(each.kind for each in edge.kinds) + (" ..." if edge.many else "") if edge else ""
+        annotation = getattr(info.annotation, "__name__", None) if not hasattr(info.annotation, "__args__") else None
+        keys[name] = {
+            "type": taken or annotation or str(info.annotation).replace("typing.", ""),
+            "default": default,
+            "meaning": " ".join((info.description or "").split()),
+        }
+    return {
+        "uses": kind.name,
+        "summary": kind.summary,
+        "reference": kind.reference,
+        "inputs": {name: {"kinds": [k.kind for k in edge.kinds], "many": edge.many} for name, edge in kind.edges.items()},
+        "outputs": {name: " | ".join(each.kind for each in kinds) for name, kinds in kind.outputs.items()},
+        "keys": keys,
+    }
+
+
+def size(count: float) -> str:
+    """Write a number of bytes for people.
+
+    >>> size(1_500_000)
+    '1.5 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def duration(seconds: float) -> str:
+    """Write a duration for people.
+
+    >>> duration(75)
+    '1 min 15 s'
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _table(*columns: str, title: str | None = None, caption: str | None = None) -> Table:
+    table = Table(*columns, box=None, padding=(0, 2, 0, 0), title=title, caption=caption, header_style="dim")
+    table.title_justify = table.caption_justify = "left"
+    return table

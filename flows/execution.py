@@ -1,0 +1,219 @@
+"""One execution of a plan: runs steps in processes of their own and records them. Knows nothing of Prefect."""
+
+import importlib.metadata
+import platform
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from flows.plan import Plan, PlannedStep
+from registry.family import resolve
+from registry.home import Home
+from registry.index import Entry
+from registry.record import Recorder, StepRecord
+from steps.frame.keys import plain_config
+from steps.frame.launch import Launcher
+from steps.frame.spec import LOG_NAME, METRICS_NAME, PLOTS_NAME, InputSpec, StepResult, StepSpec
+
+Outcome = Literal["finished", "cached", "refused", "failed", "skipped"]
+OnProgress = Callable[[str, Mapping[str, Any]], None]
+
+_SHAPING = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "gptqmodel", "llama-cpp-python", "mlflow", "prefect")
+
+
+@dataclass
+class StepState:
+    """What became of one step in this execution."""
+
+    planned: PlannedStep
+    outcome: Outcome = "skipped"
+    entry: Entry | None = None
+    message: str = ""
+    began: datetime | None = None
+    ended: datetime | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Wall time in this execution, 0 for a step that did not run."""
+        return (self.ended - self.began).total_seconds() if self.began and self.ended else 0.0
+
+
+class Execution:
+    """Runs the steps of one plan. Thread-safe: several steps may run at once within the machine's limits."""
+
+    def __init__(self, plan: Plan, home: Home, cpus: int, on_progress: OnProgress | None = None) -> None:
+        self.plan = plan
+        self.home = home
+        self.on_progress = on_progress
+        self.began = datetime.now(UTC)
+        self.states = {name: StepState(step) for name, step in plan.steps.items()}
+        self.launcher = Launcher(plan.preload, home.root / "logs" / "forkserver.log")
+        self.recorder = Recorder(home)
+        self._slots = Slots(cpus)
+        self._record = None
+        self._lock = threading.Lock()
+
+    def warm_up(self) -> None:
+        """Start what takes seconds in the background: the fork server's imports, and MLflow."""
+        if any(step.status in ("run", "resume") for step in self.plan.steps.values()):
+            self.launcher.warm_up()
+        threading.Thread(target=self.recorder.warm_up, daemon=True, name="mlflow-warm-up").start()
+
+    @property
+    def record(self) -> Any:
+        """The parent run in MLflow, begun with the first step that is recorded."""
+        with self._lock:
+            if self._record is None:
+                loaded = self.plan.graph.loaded
+                self._record = self.recorder.begin(loaded.recipe.name, loaded.yaml, versions(), {})
+            return self._record
+
+    def run(self, name: str) -> StepState:
+        """Bring one step to its end: take it from the cache, record what a crash left, or run it."""
+        state = self.states[name]
+        state.began = datetime.now(UTC)
+        step = state.planned
+        try:
+            if step.status == "cached" and step.entry:
+                state.entry, state.outcome = step.entry, "cached"
+                return state
+            result = step.result if step.status == "record" and step.result else self._launch(step)
+            state.outcome, state.message = result.status, result.message
+            if result.status == "finished":
+                state.entry = self._remember(step, result, state.began)
+            return state
+        finally:
+            state.ended = datetime.now(UTC)
+
+    def digests(self, name: str) -> Mapping[str, str]:
+        """Artifact digest by output name of a finished step."""
+        entry = self.states[name].entry
+        assert entry is not None, f"{name} has not finished"
+        return entry.outputs
+
+    def close(self, *, ok: bool) -> None:
+        """End the parent run and the fork server."""
+        self.launcher.close()
+        if self._record is not None:
+            for state in self.states.values():
+                if state.outcome == "cached" and state.entry:
+                    self._record.note_cached(state.planned.name, state.entry)
+            self._record.finish("FINISHED" if ok else "FAILED")
+
+    def _launch(self, step: PlannedStep) -> StepResult:
+        spec = self.spec(step)
+        with self._slots.taken(step.node.resources.cpus):
+            callback = self.on_progress
+            return self.launcher.run(spec, (lambda shown: callback(step.name, shown)) if callback else None)
+
+    def spec(self, step: PlannedStep) -> StepSpec:
+        """Write down all that the step's process needs."""
+        node = step.node
+        inputs = {
+            name: tuple(self._input(self.digests(ref.step)[ref.output], ref.step) for ref in refs)
+            for name, refs in node.edges.items()
+        }
+        resolved = {uri: self._input(digest, None, uri) for uri, digest in self.plan.registry.items()}
+        return StepSpec(
+            name=node.name,
+            kind=node.kind.name,
+            key=step.key,
+            config=plain_config(node.kind, node.config),
+            inputs=inputs,
+            lists=tuple(name for name in node.edges if node.kind.edges[name].many),
+            work=self.home.work(step.key),
+            store=self.home.store.root,
+            cache=self.home.cache,
+            resolved=resolved,
+            resources=node.resources,
+        )
+
+    def _input(self, digest: str, producer: str | None, uri: str = "") -> InputSpec:
+        """Return where an artifact lies here, fetched from the registry where another machine made it."""
+        store = self.home.store
+        if not store.has(digest):
+            if producer is not None:
+                entry = self.states[producer].entry
+            else:
+                family, _, alias = uri.removeprefix("registry://").partition("@")
+                entry = self.recorder.find(resolve(self.home, family, alias or "champion", "hf").key)
+            assert entry is not None
+            self.recorder.fetch(digest, entry)
+        return InputSpec(path=store.path(digest), digest=digest)
+
+    def _remember(self, step: PlannedStep, result: StepResult, began: datetime) -> Entry:
+        """Record a finished step in MLflow, then drop its scratch space."""
+        node, work = step.node, self.home.work(step.key)
+        inputs = {
+            name if not node.kind.edges[name].many else f"{name}.{index}": self.digests(ref.step)[ref.output]
+            for name, refs in node.edges.items()
+            for index, ref in enumerate(refs)
+        }
+        entry = self.record.record(
+            StepRecord(
+                name=node.name,
+                kind=node.kind.name,
+                key=step.key,
+                config=plain_config(node.kind, node.config),
+                libraries=node.kind.library_versions(),
+                inputs=inputs,
+                outputs=dict(result.outputs),
+                metrics_file=work / METRICS_NAME,
+                plots_dir=work / PLOTS_NAME,
+                log_file=work / LOG_NAME,
+                seconds=result.seconds,
+                peak_memory=result.peak_memory,
+                began=began,
+                ended=datetime.now(UTC),
+            )
+        )
+        shutil.rmtree(work / "scratch", ignore_errors=True)
+        return entry
+
+
+@dataclass
+class Slots:
+    """Cores of this machine, handed to steps so that they do not slow each other down."""
+
+    total: int
+    free: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.free = self.total
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, cpus: int) -> Iterator[None]:
+        """Hold `cpus` cores (0: all) for the length of the context."""
+        wanted = min(cpus or self.total, self.total)
+        with self._changed:
+            self._changed.wait_for(lambda: self.free >= wanted)
+            self.free -= wanted
+        try:
+            yield
+        finally:
+            with self._changed:
+                self.free += wanted
+                self._changed.notify_all()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that shape results, without importing them."""
+    found = {"python": platform.python_version()}
+    for name in _SHAPING:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def clean(home: Home) -> None:
+    """Remove what crashes left behind: artifacts half-discarded, staging directories of dead steps."""
+    for grave in (home.root / "artifacts").glob(".discarded-*"):
+        shutil.rmtree(grave, ignore_errors=True)

@@ -1,0 +1,224 @@
+"""The plan: every step's key, and whether it must run, before anything does. Imports neither torch nor MLflow."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from flows.graph import Graph, Node, place_of
+from registry.errors import RegistryError
+from registry.family import resolve
+from registry.home import Home
+from registry.index import Entry, Index
+from steps.artifacts import Store
+from steps.frame import UserError
+from steps.frame.config import sources_of
+from steps.frame.keys import step_key
+from steps.frame.launch import SPEC_NAME
+from steps.frame.spec import RESULT_NAME, StepResult
+from steps.sources import check, fingerprint
+
+Status = Literal["cached", "record", "resume", "run", "blocked"]
+REGISTRY = "registry://"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a step cost the last time one like it ran."""
+
+    seconds: float
+    peak_memory: int
+    """Bytes."""
+    size: int
+    """Bytes of its outputs."""
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One step and what is to be done about it.
+
+    `cached`: finished before, its files are sound. `record`: finished, but a crash came before MLflow knew. `resume`:
+    begun before, goes on from its last checkpoint. `blocked`: it cannot run, `reason` says why.
+    """
+
+    node: Node
+    key: str
+    status: Status
+    reason: str = ""
+    entry: Entry | None = None
+    result: StepResult | None = None
+    """What the interrupted attempt left, for `record`."""
+    predicted: Prediction | None = None
+
+    @property
+    def name(self) -> str:
+        """The node's name."""
+        return self.node.name
+
+    @property
+    def outputs(self) -> Mapping[str, str] | None:
+        """Artifact digest by output name, where the step has finished."""
+        return self.entry.outputs if self.entry else self.result.outputs if self.result else None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A graph with keys and statuses."""
+
+    graph: Graph
+    steps: Mapping[str, PlannedStep]
+    registry: Mapping[str, str] = field(default_factory=dict)
+    """Artifact digest of each `registry://` source."""
+
+    @property
+    def todo(self) -> list[PlannedStep]:
+        """Steps that are not cached."""
+        return [step for step in self.steps.values() if step.status != "cached"]
+
+    @property
+    def blocked(self) -> list[PlannedStep]:
+        """Steps that cannot run."""
+        return [step for step in self.steps.values() if step.status == "blocked"]
+
+    @property
+    def preload(self) -> list[str]:
+        """Modules that the steps to run want imported in the fork server, in the order of first need."""
+        return list(dict.fromkeys(name for step in self.todo for name in step.node.kind.preload))
+
+
+def make_plan(graph: Graph, home: Home, root: Path, *, thorough: bool) -> Plan:
+    """Compute every step's key and look up what is done.
+
+    Args:
+        graph: the checked graph.
+        home: where finished steps are found.
+        root: directory to which relative paths in sources refer.
+        thorough: check every byte of finished artifacts, as a run must; else only names and sizes.
+
+    Raises:
+        UserError: a source that the key depends on cannot be read.
+    """
+    keys: dict[str, str] = {}
+    registry: dict[str, str] = {}
+    for node in graph.nodes.values():
+        prints = {}
+        for name, uris in sources_of(node.config).items():
+            for uri in uris:
+                prints[uri] = _fingerprint(graph, node, name, uri, home, root, registry)
+        parents = {name: [f"{keys[ref.step]}:{ref.output}" for ref in refs] for name, refs in node.edges.items()}
+        keys[node.name] = step_key(node.kind, node.config, parents, prints)
+    index = Index(home.index)
+    known = _Known(index, home, thorough)
+    steps = {name: known.planned(node, keys[name]) for name, node in graph.nodes.items()}
+    reachable = {name: _blocked(graph, step, home, root) for name, step in steps.items()}
+    return Plan(graph, reachable, registry)
+
+
+class _Known:
+    """What the index, the store and the work directories say of a key."""
+
+    def __init__(self, index: Index, home: Home, thorough: bool) -> None:
+        self.index = index
+        self.home = home
+        self.thorough = thorough
+        self.entries = index.entries()
+        self._faults: dict[str, str | None] = {}
+
+    def planned(self, node: Node, key: str) -> PlannedStep:
+        step = PlannedStep(node, key, "run", predicted=self.prediction(node))
+        entry = self.index.get(key)
+        if entry is not None:
+            fault = self.fault(entry.outputs)
+            if fault is None:
+                return replace(step, status="cached", entry=entry)
+            return replace(step, reason=f"made before, but {fault}")
+        work = self.home.work(key)
+        if (result := _left_result(work)) and self.fault(result.outputs) is None:
+            return replace(step, status="record", result=result, reason="finished, not yet recorded")
+        if (work / SPEC_NAME).exists() and any((work / "scratch").glob("*")):
+            return replace(step, status="resume", reason="interrupted before")
+        return step
+
+    def fault(self, outputs: Mapping[str, str]) -> str | None:
+        """Return what is wrong with the first unsound output, or None."""
+        for digest in outputs.values():
+            if digest not in self._faults:
+                store = self.home.store
+                self._faults[digest] = store.fault(digest) if self.thorough else store.quick_fault(digest)
+            if fault := self._faults[digest]:
+                return f"{fault} in artifact {digest[:12]}"
+        return None
+
+    def prediction(self, node: Node) -> Prediction | None:
+        alike = [entry for entry in self.entries if entry.kind == node.kind.name]
+        if not alike:
+            return None
+        best = min(alike, key=lambda entry: (entry.step != node.name, entry.step.partition("[")[0] != node.family))
+        return Prediction(best.seconds, best.peak_memory, best.size)
+
+
+def _left_result(work: Path) -> StepResult | None:
+    try:
+        result = StepResult.model_validate_json((work / RESULT_NAME).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return result if result.status == "finished" else None
+
+
+def _fingerprint(
+    graph: Graph, node: Node, name: str, uri: str, home: Home, root: Path, registry: dict[str, str]
+) -> str:
+    try:
+        if not uri.startswith(REGISTRY):
+            return fingerprint(uri, root)
+        if uri not in registry:
+            family, _, alias = uri.removeprefix(REGISTRY).partition("@")
+            registry[uri] = resolve(home, family, alias or "champion", "hf").digest
+        return registry[uri]
+    except (UserError, RegistryError) as error:
+        raise graph.loaded.error((*place_of(node), name) if node.name != "base" else ("base",), str(error)) from None
+
+
+def _blocked(graph: Graph, step: PlannedStep, home: Home, root: Path) -> PlannedStep:
+    """Check what only matters for a step that is to run: that its sources answer."""
+    if step.status in ("cached", "record"):
+        return step
+    for uris in sources_of(step.node.config).values():
+        for uri in uris:
+            try:
+                if not uri.startswith(REGISTRY):
+                    check(uri, root, home.cache)
+            except UserError as error:
+                where = graph.loaded.file.where(place_of(step.node))
+                return replace(step, status="blocked", reason=f"{where}: {error}")
+    if step.node.resources.gpus > _gpus():
+        return replace(step, status="blocked", reason=f"asks for {step.node.resources.gpus} GPUs, here are {_gpus()}")
+    return step
+
+
+def _gpus() -> int:
+    """Count NVIDIA devices without importing torch."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def describe(plan: Plan) -> list[dict[str, Any]]:
+    """Return the plan as plain data, a row a step, for `--json` and for the table."""
+    return [
+        {
+            "step": step.name,
+            "uses": step.node.kind.name,
+            "status": step.status,
+            "key": step.key,
+            "needs": step.node.parents,
+            "reason": step.reason,
+            "outputs": dict(step.outputs or {}),
+            "predicted": None
+            if step.predicted is None
+            else {
+                "seconds": round(step.predicted.seconds, 1),
+                "peak_memory": step.predicted.peak_memory,
+                "size": step.predicted.size,
+            },
+        }
+        for step in plan.steps.values()
+    ]

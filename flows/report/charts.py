@@ -1,0 +1,206 @@
+"""The report's charts: curves of training, quality against size, and distance from the reference."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from flows.report import units
+from flows.report.comparison import Candidate, Comparison, Metric
+from flows.report.run import ReportStep
+from flows.report.svg import (
+    LETTER,
+    Point,
+    Scale,
+    dot,
+    drawing,
+    horizontal_axis,
+    line,
+    linear,
+    logarithmic,
+    place_labels,
+    polyline,
+    text,
+    vertical_axis,
+)
+from registry.run_data import read_points
+
+WIDTH, HEIGHT = 560.0, 300.0
+SMALL = (270.0, 150.0)
+"""Pixels of a small chart."""
+LEFT, RIGHT, TOP, BOTTOM = 52.0, 18.0, 30.0, 42.0
+"""Pixels around the plotted area."""
+KL_FLOOR = 1e-4
+"""A divergence below this is drawn here: a fifth of the rounding noise between two runs of one model in bfloat16."""
+BESIDE = ("reward", "eval_mean_token_accuracy", "mean_token_accuracy", "learning_rate", "grad_norm", "entropy")
+"""Curves worth a small chart beside the loss, the first first."""
+Curves = Mapping[str, Sequence[Point]]
+
+
+@dataclass(frozen=True)
+class TrainingCharts:
+    """The curves of one training step."""
+
+    step: str
+    kind: str
+    loss: Markup
+    small: Sequence[Markup]
+
+
+def training_charts(steps: Sequence[ReportStep]) -> list[TrainingCharts]:
+    """Return the charts of every step that logged a loss more than once."""
+    charts = []
+    for step in steps:
+        curves = _curves(step)
+        losses = {name: curve for name, curve in curves.items() if name.endswith("loss")}
+        if losses:
+            small = [small_chart(name, curves[name]) for name in BESIDE if name in curves][:2]
+            charts.append(TrainingCharts(step.name, step.kind, loss_chart(step.name, losses), small))
+    return charts
+
+
+def _curves(step: ReportStep) -> dict[str, list[Point]]:
+    """Return each metric that has at least two finite values, by step."""
+    curves: dict[str, list[Point]] = {}
+    for point in read_points(step.metrics_file):
+        if math.isfinite(point.value):
+            curves.setdefault(point.name, []).append((point.step, point.value))
+    return {name: sorted(curve) for name, curve in curves.items() if len(curve) > 1}
+
+
+def loss_chart(step: str, losses: Curves) -> Markup:
+    """Return losses over optimizer steps: training as a line (the raw values pale where it is smoothed), eval dotted."""
+    width, height = (WIDTH, 2 * SMALL[1] + 14)
+    points = [point for curve in losses.values() for point in curve]
+    x = Scale(min(at for at, _ in points), max(at for at, _ in points), LEFT, width - RIGHT - 44)
+    y = linear([value for _, value in points], height - BOTTOM, TOP)
+    parts = [
+        vertical_axis(y, LEFT, "Loss", units.significant, x.end),
+        horizontal_axis(x, y.start, "Optimizer step", _count, y.start),
+    ]
+    labels: list[tuple[float, str, str]] = []
+    for name, curve in sorted(losses.items()):
+        held_out = name.startswith("eval")
+        path = [(x(at), y(value)) for at, value in curve]
+        smooth = path if held_out or len(path) < 40 else _smooth(path)
+        colour = "held-out" if held_out else "training"
+        parts += [polyline(path, f"raw {colour}")] if smooth is not path else []
+        parts.append(polyline(smooth, f"curve {colour}"))
+        if held_out:
+            parts += [dot(at, f"point {colour}", f"{name} {value:.4g}", 3.5) for at, (_, value) in zip(path, curve, strict=True)]
+        labels.append((smooth[-1][1], "held out" if held_out else "training", colour))
+    parts += [text(x.end + 8, at + 4, label, f"end {colour}") for at, label, colour in _apart(labels)]
+    return drawing(width, height, f"Loss of {step} over optimizer steps", *parts)
+
+
+def small_chart(name: str, curve: Sequence[Point]) -> Markup:
+    """Return one curve with its name, without an axis title."""
+    width, height = SMALL
+    x = Scale(curve[0][0], curve[-1][0], LEFT, width - RIGHT)
+    y = linear([value for _, value in curve], height - 24, TOP)
+    parts = [
+        vertical_axis(y, LEFT, name.replace("_", " ").capitalize(), _tick, x.end),
+        polyline([(x(at), y(value)) for at, value in curve], "curve other"),
+    ]
+    return drawing(width, height, f"{name} over optimizer steps", *parts)
+
+
+def quality_chart(comparison: Comparison) -> Markup | None:
+    """Return quality against size: a point a candidate, with its 95 % interval; None where either was not measured."""
+    metric = quality_metric(comparison)
+    shown = [each for each in comparison.candidates if metric and {metric.name, "size_bytes"} <= each.figures.keys()]
+    if metric is None or not shown:
+        return None
+    sizes = [each.figures["size_bytes"].value for each in shown]
+    quality = [each.figures[metric.name] for each in shown]
+    ends = [end for figure in quality for end in (figure.value, *(figure.interval or ()))]
+    x, (unit, divisor) = linear(sizes, LEFT, WIDTH - RIGHT, zero=True), _unit(max(sizes))
+    y = linear(ends, HEIGHT - BOTTOM, TOP)
+    x_ticks = Scale(x.low / divisor, x.high / divisor, x.start, x.end)
+    parts = [
+        vertical_axis(y, LEFT, _axis(metric), _tick, x.end),
+        horizontal_axis(x_ticks, y.start, f"Size, {unit}", _count, y.end),
+    ]
+    points = [(x(size), y(figure.value)) for size, figure in zip(sizes, quality, strict=True)]
+    for candidate, figure, (across, down) in zip(shown, quality, points, strict=True):
+        if figure.interval:
+            parts.append(line((across, y(figure.interval[0])), (across, y(figure.interval[1])), f"interval {candidate.colour}"))
+        size = candidate.figures["size_bytes"].text
+        parts.append(dot((across, down), f"point {candidate.colour}", f"{candidate.name}: {figure.text}, {size}"))
+    labels = [each.name for each in shown]
+    parts += [
+        text(left, baseline, label, "label", anchor)
+        for label, (left, baseline, anchor) in zip(labels, place_labels(points, labels, WIDTH), strict=True)
+    ]
+    return drawing(WIDTH, HEIGHT, f"{metric.label} against size", *parts)
+
+
+def drift_chart(comparison: Comparison) -> Markup | None:
+    """Return each candidate's KL divergence from the reference on a logarithmic axis; None where none was measured."""
+    shown = [each for each in comparison.candidates if "kl" in each.figures]
+    if not shown:
+        return None
+    left = 14 + LETTER * min(24, max(len(each.name) for each in shown))
+    values = [end for each in shown for end in (each.figures["kl"].value, *(each.figures["kl"].interval or ()))]
+    x = logarithmic(values, left, WIDTH - 76, KL_FLOOR)
+    bottom = HEIGHT - BOTTOM
+    title = f"KL divergence from {comparison.reference.name}, nats a token (log scale)"
+    parts = [horizontal_axis(x, bottom, title, lambda tick: f"{tick:g}", TOP)]
+    apart = (bottom - TOP) / len(shown)
+    for index, candidate in enumerate(shown):
+        parts += _drift_row(candidate, x, TOP + apart * (index + 0.5), min(22.0, apart * 0.55))
+    return drawing(WIDTH, HEIGHT, title, *parts)
+
+
+def _drift_row(candidate: Candidate, x: Scale, y: float, thick: float) -> Iterator[Markup]:
+    figure = candidate.figures["kl"]
+    at, end = x(figure.value), x(max(figure.interval or (figure.value,)))
+    name = candidate.name if len(candidate.name) <= 24 else candidate.name[:23] + "\N{HORIZONTAL ELLIPSIS}"
+    yield text(x.start - 12, y + 4, name, "label", "end")
+    yield line((x.start, y), (max(at, x.start + 2), y), f"bar {candidate.colour}")
+    if figure.interval:
+        yield line((x(figure.interval[0]), y), (end, y), "whisker")
+        yield from (line((x(edge), y - thick / 4), (x(edge), y + thick / 4), "whisker") for edge in figure.interval)
+    yield text(max(at, end) + 9, y + 4, figure.text, "label strong")
+
+
+def quality_metric(comparison: Comparison) -> Metric | None:
+    """Return the metric that stands for quality: the answer score, else perplexity."""
+    by_name = {metric.name: metric for metric in comparison.metrics}
+    return by_name.get("answer_score") or by_name.get("perplexity")
+
+
+def _axis(metric: Metric) -> str:
+    return f"{metric.label} ({'higher' if metric.better > 0 else 'lower'} is better, 95 % interval)"
+
+
+def _smooth(path: Sequence[Point]) -> list[Point]:
+    """Return the exponential moving average over about a twentieth of the curve, free of bias at its start."""
+    keep = 1 - 20 / max(len(path), 40)
+    total = weight = 0.0
+    smooth = []
+    for x, y in path:
+        total, weight = keep * total + y, keep * weight + 1
+        smooth.append((x, total / weight))
+    return smooth
+
+
+def _apart(labels: Sequence[tuple[float, str, str]]) -> list[tuple[float, str, str]]:
+    """Move labels at a curve's end down until they stand at least a line apart."""
+    placed: list[tuple[float, str, str]] = []
+    for at, label, colour in sorted(labels):
+        placed.append((max(at, placed[-1][0] + 14) if placed else at, label, colour))
+    return placed
+
+
+def _unit(largest: float) -> tuple[str, float]:
+    return next(((name, unit) for name, unit in (("GB", 1e9), ("MB", 1e6)) if largest >= 2 * unit), ("kB", 1e3))
+
+
+def _count(value: float) -> str:
+    return f"{value:,.6g}"
+
+
+def _tick(value: float) -> str:
+    return f"{value:.0e}".replace("e-0", "e-") if 0 < abs(value) < 0.001 else f"{value:.4g}"

@@ -1,0 +1,20 @@
+"""What the registry refuses: one clear sentence, no traceback for the user."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class RegistryError(Exception):
+    """A name that does not exist, a damaged artifact, a server that does not answer. The message is one sentence."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return `; did you mean X?` for the nearest known word, else the list of what is known.
+
+    >>> nearest("champoin", ["candidate", "champion"])
+    '; did you mean `champion`?'
+    """
+    names = sorted(known)
+    if near := get_close_matches(word, names, n=1, cutoff=0.6):
+        return f"; did you mean `{near[0]}`?"
+    return f"; known here: {', '.join(names)}" if names else ""

@@ -1,0 +1,323 @@
+"""Gates: statistical conditions under which a candidate becomes champion."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from registry.errors import RegistryError, nearest
+from steps.artifacts import Report
+
+if TYPE_CHECKING:
+    import numpy as np
+
+RESAMPLES = 10_000
+SEED = 17
+FEWEST_SAMPLES = 10
+"""Below this many common samples a paired test says nothing and the gate does not hold."""
+
+Row = Mapping[str, Any]
+"""A row of a comparison report: `sample`, `candidate`, `score`, `nll`, `tokens`, `kl`, `top1`."""
+
+
+class Gate(BaseModel):
+    """One condition. Either against the champion, on the same samples, or a bound on a headline metric, or both."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    metric: str = Field(pattern=r"^[^.]+\.[a-z0-9_]+$")
+    """`STEP.METRIC`: a report step of the recipe and one of its metrics, e.g. `quality.answer_score`."""
+    member: str | None = None
+    """Published step that is judged; a matrix step stands for each of its members. Default: the first member."""
+    against: Literal["champion"] | None = None
+    """Compare with the family's champion, sample by sample."""
+    test: Literal["paired_bootstrap"] = "paired_bootstrap"
+    """Bootstrap over samples with 10,000 resamples (Koehn 2004, https://aclanthology.org/W04-3250/)."""
+    no_worse_by: float = Field(default=0.0, ge=0)
+    """Largest loss against the champion, in the metric's unit, that must be ruled out."""
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    """Confidence with which it must be ruled out (one-sided)."""
+    at_most: float | None = None
+    """Upper bound of the metric."""
+    at_least: float | None = None
+    """Lower bound of the metric."""
+
+    @model_validator(mode="after")
+    def _has_condition(self) -> Self:
+        if self.against is None and self.at_most is None and self.at_least is None:
+            raise ValueError("give one of `against: champion`, `at_most`, `at_least`")
+        if self.against is None and self.no_worse_by:
+            raise ValueError("`no_worse_by` needs `against: champion`")
+        return self
+
+    @property
+    def step(self) -> str:
+        """The report step."""
+        return self.metric.partition(".")[0]
+
+    @property
+    def name(self) -> str:
+        """The metric's name within the report, by its common aliases."""
+        name = self.metric.partition(".")[2]
+        return {"kl_to_reference": "kl", "score": "answer_score", "top1": "top1_agreement"}.get(name, name)
+
+
+class Evidence(BaseModel):
+    """What one report says: headline metrics named `CANDIDATE/METRIC`, and its rows by candidate."""
+
+    model_config = ConfigDict(frozen=True)
+
+    metrics: Mapping[str, float]
+    rows: Mapping[str, tuple[dict[str, Any], ...]] = {}
+
+    @classmethod
+    def of(cls, report: Report) -> Self:
+        """Read a report artifact."""
+        rows: dict[str, list[dict[str, Any]]] = {}
+        with report.rows_file.open(encoding="utf-8") as lines:
+            for row in map(json.loads, lines):
+                # Prompts and answers are not judged; a large report would fill the memory with them.
+                kept = {name: row.get(name) for name in ("sample", "score", "nll", "tokens", "kl", "top1")}
+                rows.setdefault(row["candidate"], []).append(kept)
+        return cls(metrics=report.facts.metrics, rows={name: tuple(each) for name, each in rows.items()})
+
+
+class GateOutcome(BaseModel):
+    """What one gate says of one member."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    gate: Gate
+    member: str
+    passed: bool
+    value: float | None
+    """The candidate's value of the metric."""
+    champion: float | None = None
+    """The champion's value on the same samples."""
+    difference: float | None = None
+    """Candidate minus champion."""
+    interval: tuple[float, float] | None = None
+    """Bounds of the difference; each holds with the gate's confidence."""
+    samples: int = 0
+    """Samples compared."""
+    sentence: str
+
+
+class GateDecision(BaseModel):
+    """Whether a candidate may become champion, and why."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    promote: bool
+    outcomes: tuple[GateOutcome, ...] = ()
+    sentence: str
+
+
+class _Statistic(NamedTuple):
+    """How a metric is computed from rows: the mean of a field, weighted by another, then perhaps exponentiated."""
+
+    field: str
+    higher_is_better: bool
+    weight: str | None = None
+    exponential: bool = False
+
+
+_STATISTICS = {
+    "answer_score": _Statistic("score", higher_is_better=True),
+    "top1_agreement": _Statistic("top1", higher_is_better=True),
+    "kl": _Statistic("kl", higher_is_better=False),
+    "nll": _Statistic("nll", higher_is_better=False, weight="tokens"),
+    "perplexity": _Statistic("nll", higher_is_better=False, weight="tokens", exponential=True),
+}
+
+
+def decide(
+    gates: Sequence[Gate],
+    members: Sequence[str],
+    evidence: Mapping[str, Evidence],
+    champion: Mapping[str, Evidence] | None = None,
+    champion_members: Mapping[str, str] | None = None,
+) -> GateDecision:
+    """Judge all gates.
+
+    Args:
+        gates: the recipe's conditions; with none every candidate is promoted.
+        members: published steps, the principal one first.
+        evidence: the new reports by step name.
+        champion: reports of the champion by step name, None where the family has no champion.
+        champion_members: name of a member in the champion's report where it differs (`merged` to `champion`).
+
+    Raises:
+        RegistryError: a gate names a step, member or metric that does not exist.
+    """
+    outcomes = []
+    for gate in gates:
+        if gate.step not in evidence:
+            raise RegistryError(f"gate `{gate.metric}`: no report step `{gate.step}`{nearest(gate.step, evidence)}")
+        for member in _judged(gate, members):
+            names = champion_members or {}
+            theirs = None if champion is None else champion.get(gate.step, Evidence(metrics={}))
+            outcomes.append(judge(gate, member, evidence[gate.step], theirs, names.get(member, member)))
+    failed = [outcome for outcome in outcomes if not outcome.passed]
+    if failed:
+        sentence = f"Not promoted: {failed[0].sentence}" + (f" ({len(failed)} gates fail)" if len(failed) > 1 else "")
+    elif outcomes:
+        sentence = f"Promoted: {_count(len(outcomes))} held. {outcomes[0].sentence}"
+    else:
+        sentence = "Promoted: the recipe declares no gates."
+    return GateDecision(promote=not failed, outcomes=tuple(outcomes), sentence=sentence)
+
+
+def judge(
+    gate: Gate, member: str, evidence: Evidence, champion: Evidence | None = None, champion_name: str = ""
+) -> GateOutcome:
+    """Judge one gate for one member.
+
+    Args:
+        gate: the condition.
+        member: the candidate's name in the report.
+        evidence: the report.
+        champion: the champion's report; None where there is no champion yet.
+        champion_name: the champion's name in its report, the member's own by default.
+
+    Raises:
+        RegistryError: the report does not speak of the member, or not of the metric.
+    """
+    bounded = _bounds(gate, member, evidence)
+    if gate.against is None or (bounded and not bounded.passed):
+        assert bounded is not None  # a gate has a bound where it has no champion
+        return bounded
+    if champion is None:
+        return GateOutcome(
+            gate=gate,
+            member=member,
+            passed=True,
+            value=evidence.metrics.get(f"{member}/{gate.name}"),
+            sentence=f"`{member}` has no champion to be compared with in {gate.metric}: it is the first.",
+        )
+    return _compare(gate, member, evidence, champion, champion_name or member)
+
+
+def _judged(gate: Gate, members: Sequence[str]) -> list[str]:
+    """Return the members that a gate is about."""
+    if gate.member is None:
+        return list(members[:1])
+    found = [member for member in members if gate.member in (member, member.partition("[")[0])]
+    if not found:
+        raise RegistryError(f"gate `{gate.metric}`: no member `{gate.member}`{nearest(gate.member, members)}")
+    return found
+
+
+def _bounds(gate: Gate, member: str, evidence: Evidence) -> GateOutcome | None:
+    if gate.at_most is None and gate.at_least is None:
+        return None
+    name = f"{member}/{gate.name}"
+    value = evidence.metrics.get(name)
+    if value is None:
+        raise RegistryError(f"gate `{gate.metric}`: the report has no `{name}`{nearest(name, evidence.metrics)}")
+    over = gate.at_most is not None and not value <= gate.at_most
+    under = gate.at_least is not None and not value >= gate.at_least
+    if over or under:
+        wanted = f"at most {gate.at_most:g}" if over else f"at least {gate.at_least:g}"
+        sentence = f"{gate.metric} of `{member}` is {value:.4g}, it must be {wanted}."
+    else:
+        sentence = f"{gate.metric} of `{member}` is {value:.4g}, within its bound."
+    return GateOutcome(gate=gate, member=member, passed=not (over or under), value=value, sentence=sentence)
+
+
+def _compare(gate: Gate, member: str, evidence: Evidence, champion: Evidence, champion_name: str) -> GateOutcome:
+    """Rule out, or not, that the candidate is worse than the champion by more than the margin."""
+    if gate.name not in _STATISTICS:
+        near = nearest(gate.name, _STATISTICS)
+        raise RegistryError(f"gate `{gate.metric}`: no sample-by-sample test of `{gate.name}`{near}")
+    statistic = _STATISTICS[gate.name]
+    if member not in evidence.rows:
+        raise RegistryError(f"gate `{gate.metric}`: the report has no rows of `{member}`{nearest(member, evidence.rows)}")
+    pairs = _pairs(evidence.rows[member], champion.rows.get(champion_name, ()), statistic.field)
+    broken = sum(not _finite(ours[statistic.field]) for ours, _ in pairs)
+    refused = partial(GateOutcome, gate=gate, member=member, passed=False, value=None, samples=len(pairs))
+    if broken:
+        return refused(sentence=f"{gate.metric} of `{member}` has no value on {broken} of {len(pairs)} samples.")
+    if len(pairs) < FEWEST_SAMPLES:
+        return refused(
+            sentence=f"{gate.metric} of `{member}` cannot be compared: {len(pairs)} samples in common with the "
+            f"champion, at least {FEWEST_SAMPLES} are needed."
+        )
+    value, reference, low, high = _bootstrapped(pairs, statistic, gate.confidence)
+    loss = -low if statistic.higher_is_better else high
+    passed = loss <= gate.no_worse_by + 1e-12
+    return GateOutcome(
+        gate=gate,
+        member=member,
+        passed=passed,
+        value=value,
+        champion=reference,
+        difference=value - reference,
+        interval=(low, high),
+        samples=len(pairs),
+        sentence=f"{gate.metric} of `{member}` is {value:.4g} against the champion's {reference:.4g} on {len(pairs)} "
+        f"samples: {'not' if passed else 'perhaps'} worse by more than {gate.no_worse_by:g} "
+        f"(difference {value - reference:+.4g}, between {low:+.4g} and {high:+.4g}).",
+    )
+
+
+def _pairs(ours: Sequence[Row], theirs: Sequence[Row], field: str) -> list[tuple[Row, Row]]:
+    """Return candidate and champion rows of the samples on which the champion has a value."""
+    by_sample = {row["sample"]: row for row in theirs if _finite(row[field])}
+    return [(row, by_sample[row["sample"]]) for row in ours if row["sample"] in by_sample]
+
+
+def _bootstrapped(
+    pairs: Sequence[tuple[Row, Row]], statistic: _Statistic, confidence: float
+) -> tuple[float, float, float, float]:
+    import numpy as np
+
+    values = np.array([[row[statistic.field] for row in pair] for pair in pairs], dtype=np.float64)
+    weights = np.ones_like(values)
+    if statistic.weight:
+        weights = np.array([[row[statistic.weight] for row in pair] for pair in pairs], dtype=np.float64)
+    return paired_bootstrap(values, weights, confidence, exponential=statistic.exponential)
+
+
+def paired_bootstrap(
+    values: "np.ndarray", weights: "np.ndarray", confidence: float, *, exponential: bool = False
+) -> tuple[float, float, float, float]:
+    """Bound the difference of two weighted means, resampling the samples of both together.
+
+    Args:
+        values: (samples, 2), candidate and champion.
+        weights: (samples, 2).
+        confidence: of each bound, one-sided.
+        exponential: compare the exponentials of the means (perplexity from nll).
+
+    Returns:
+        The candidate's value, the champion's, and the lower and upper bound of their difference.
+    """
+    import numpy as np
+
+    def means(counts: "np.ndarray") -> "np.ndarray":
+        found = (counts @ (values * weights)) / (counts @ weights)
+        return np.exp(found) if exponential else found
+
+    random = np.random.default_rng(SEED)
+    count = len(values)
+    chunk = max(1, min(RESAMPLES, 4_000_000 // count))
+    differences = []
+    for start in range(0, RESAMPLES, chunk):
+        # How often each sample is drawn says all there is to know of a resample: (chunk, samples).
+        drawn = random.multinomial(count, np.full(count, 1 / count), size=min(chunk, RESAMPLES - start))
+        differences.append(means(drawn.astype(np.float64)) @ np.array([1.0, -1.0]))
+    ours, theirs = means(np.ones(count))
+    low, high = np.quantile(np.concatenate(differences), [1 - confidence, confidence])
+    return float(ours), float(theirs), float(low), float(high)
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _count(gates: int) -> str:
+    return "the one gate" if gates == 1 else f"all {gates} gates"

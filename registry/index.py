@@ -1,0 +1,131 @@
+"""The local index: finished steps by key and families by name, in small files that can be rebuilt from MLflow."""
+
+import fcntl
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class Entry(BaseModel):
+    """A finished step: what it gave, what it cost, and where MLflow keeps it."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    key: str
+    """The step's key: sha256 over everything that shapes its result."""
+    recipe: str
+    step: str
+    """Name in the recipe."""
+    kind: str
+    """Step kind, e.g. `merge.adapter`."""
+    outputs: Mapping[str, str]
+    """Artifact digest by output name (empty where the step has one output)."""
+    models: Mapping[str, str]
+    """MLflow's model id by output name, for outputs that are models."""
+    run_id: str
+    metrics: Mapping[str, float] = {}
+    """Last value of each metric."""
+    seconds: float
+    peak_memory: int
+    """Bytes."""
+    size: int
+    """Bytes of all outputs."""
+    finished_at: datetime
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class Index:
+    """Files under one root: `keys/<key>.json`, `families/<family>.json`, `pending/<key>`, `locks/<name>`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @property
+    def exists(self) -> bool:
+        """Whether it was ever written; a lost index is rebuilt from MLflow, an empty one is trusted."""
+        return (self.root / "keys").is_dir()
+
+    def create(self) -> None:
+        """Make the empty index."""
+        (self.root / "keys").mkdir(parents=True, exist_ok=True)
+
+    def get(self, key: str) -> Entry | None:
+        """Return the finished step with this key; None where there is none or its file is damaged."""
+        return self._read(self.root / "keys" / f"{key}.json")
+
+    def put(self, entry: Entry) -> None:
+        """Add or replace an entry in one rename."""
+        write_atomic(self.root / "keys" / f"{entry.key}.json", entry.model_dump_json(indent=1).encode())
+
+    def entries(self, limit: int = 1000) -> list[Entry]:
+        """Return the entries that finished last, newest first, at most `limit`."""
+        paths = sorted((self.root / "keys").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)[-limit:]
+        found = [entry for path in paths if (entry := self._read(path))]
+        return sorted(found, key=lambda entry: entry.finished_at, reverse=True)
+
+    def history(self, kind: str, step: str = "", recipe: str = "") -> list[Entry]:
+        """Return earlier steps of a kind, the likest first: same recipe and name, same name, then by age.
+
+        Their seconds, peak memory and bytes are what `plan` predicts from.
+        """
+        same = [entry for entry in self.entries() if entry.kind == kind]
+        return sorted(same, key=lambda entry: (entry.step != step, entry.recipe != recipe))
+
+    def begin(self, key: str) -> None:
+        """Note that a step is being recorded: until `end`, MLflow may know more than the index."""
+        write_atomic(self.root / "pending" / key, b"")
+
+    def end(self, key: str) -> None:
+        """Note that the index knows what became of the step."""
+        (self.root / "pending" / key).unlink(missing_ok=True)
+
+    def is_pending(self, key: str) -> bool:
+        """Whether a record of this step was begun and not ended: its process was killed, or still runs."""
+        return (self.root / "pending" / key).exists()
+
+    def family(self, name: str) -> bytes | None:
+        """Return the mirrored state of a family."""
+        path = self.root / "families" / f"{name}.json"
+        return path.read_bytes() if path.is_file() else None
+
+    def put_family(self, name: str, content: bytes) -> None:
+        """Mirror a family's state in one rename."""
+        write_atomic(self.root / "families" / f"{name}.json", content)
+
+    def families(self) -> list[str]:
+        """Return the names of the mirrored families."""
+        return sorted(path.stem for path in (self.root / "families").glob("*.json"))
+
+    @contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Hold a name against every other thread and process of this machine; a killed holder releases it."""
+        path = self.root / "locks" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
+
+    @staticmethod
+    def _read(path: Path) -> Entry | None:
+        try:
+            return Entry.model_validate_json(path.read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None

@@ -1,0 +1,246 @@
+"""Artifact locations: where MLflow keeps the files of one run or one model, on this machine or behind a server."""
+
+import os
+import shutil
+import tempfile
+import uuid
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Protocol
+from urllib.parse import unquote, urlsplit
+
+from registry.errors import RegistryError
+from steps.artifacts import MANIFEST_NAME, Artifact, Manifest, Store, digest_file, link_or_copy
+
+if TYPE_CHECKING:
+    from mlflow.store.artifact.artifact_repo import ArtifactRepository
+
+_CHUNK = 1 << 20
+
+
+class Location(Protocol):
+    """A directory of MLflow's. Names are POSIX paths below it."""
+
+    def below(self, folder: str) -> "Location":
+        """Return the location of a folder inside this one."""
+        ...
+
+    def share(self, source: Path, name: str) -> None:
+        """Give the location a file that will never change: linked where it can be, uploaded where not."""
+        ...
+
+    def write(self, content: bytes, name: str) -> None:
+        """Write a small file."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """Return a small file.
+
+        Raises:
+            RegistryError: it is not there.
+        """
+        ...
+
+    def take(self, name: str, target: Path) -> None:
+        """Put a file at `target`, sharing its bytes where that is possible."""
+        ...
+
+    def copy(self, name: str, target: Path) -> None:
+        """Put a file at `target` as bytes of its own; what a broken transfer left there is continued if it can be."""
+        ...
+
+
+class LocalLocation:
+    """A directory on this machine. Files of the store are hard-linked into it: no byte is stored twice."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def below(self, folder: str) -> "LocalLocation":
+        """Return the location of a folder inside this one."""
+        return LocalLocation(self.root / folder)
+
+    def share(self, source: Path, name: str) -> None:
+        """Link `source`. A file that is there but is not `source` itself (damaged, re-made) is replaced."""
+        target = self.root / name
+        if target.exists() and target.samefile(source):
+            return
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        link_or_copy(source, partial)
+        partial.replace(target)
+
+    def write(self, content: bytes, name: str) -> None:
+        """Write a small file, replaced in one rename."""
+        target = self.root / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        partial.write_bytes(content)
+        partial.replace(target)
+
+    def read(self, name: str) -> bytes:
+        """Return a small file."""
+        try:
+            return (self.root / name).read_bytes()
+        except OSError as error:
+            raise RegistryError(f"{self.root / name} cannot be read ({error.strerror})") from error
+
+    def take(self, name: str, target: Path) -> None:
+        """Link the file."""
+        self._fresh(name, target)
+        link_or_copy(self.root / name, target)
+
+    def copy(self, name: str, target: Path) -> None:
+        """Copy the file; where the file system can (Btrfs, XFS), its blocks are shared until one side is changed."""
+        self._fresh(name, target)
+        shutil.copyfile(self.root / name, target)
+
+    def _fresh(self, name: str, target: Path) -> None:
+        if not (self.root / name).is_file():
+            raise RegistryError(f"{self.root / name} is missing")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+
+
+class RemoteLocation:
+    """A location behind MLflow's artifact repositories: the proxying server, S3, and so on."""
+
+    def __init__(self, uri: str, tracking_uri: str) -> None:
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        self._uri = uri
+        self._tracking_uri = tracking_uri
+        self._repository: ArtifactRepository = get_artifact_repository(uri, tracking_uri=tracking_uri)
+
+    def below(self, folder: str) -> "RemoteLocation":
+        """Return the location of a folder inside this one."""
+        return RemoteLocation(f"{self._uri.rstrip('/')}/{folder}", self._tracking_uri)
+
+    def share(self, source: Path, name: str) -> None:
+        """Upload the file under its own name."""
+        folder = PurePosixPath(name).parent.as_posix()
+        self._repository.log_artifact(str(source), None if folder == "." else folder)
+
+    def write(self, content: bytes, name: str) -> None:
+        """Upload a small file."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, PurePosixPath(name).name)
+            path.write_bytes(content)
+            self.share(path, name)
+
+    def read(self, name: str) -> bytes:
+        """Download a small file."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "content")
+            self.copy(name, path)
+            return path.read_bytes()
+
+    def take(self, name: str, target: Path) -> None:
+        """Download the file."""
+        self.copy(name, target)
+
+    def copy(self, name: str, target: Path) -> None:
+        """Download the file, from where a broken download stopped if the server answers ranges."""
+        from mlflow.exceptions import MlflowException
+        from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
+        from requests import RequestException
+
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if isinstance(self._repository, HttpArtifactRepository):
+                _download(self._repository.artifact_uri, name, target)
+            else:
+                with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+                    os.replace(self._repository.download_artifacts(name, folder), target)
+        except (MlflowException, RequestException) as error:
+            raise RegistryError(f"`{name}` cannot be fetched from {self._repository.artifact_uri} ({error})") from error
+
+
+def _download(artifact_uri: str, name: str, target: Path) -> None:
+    """Stream one file from MLflow's server, appending to what `target` already holds."""
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import augmented_raise_for_status, http_request
+
+    held = target.stat().st_size if target.exists() else 0
+    wish = {"Range": f"bytes={held}-", "Accept-Encoding": "identity"} if held else {"Accept-Encoding": "identity"}
+    response = http_request(get_default_host_creds(artifact_uri), f"/{name}", "GET", extra_headers=wish, stream=True)
+    with response:
+        if response.status_code == 416:  # nothing is left to send
+            return
+        augmented_raise_for_status(response)
+        with target.open("ab" if response.status_code == 206 else "wb") as stream:
+            for chunk in response.iter_content(_CHUNK):
+                stream.write(chunk)
+
+
+def location_at(uri: str, tracking_uri: str) -> Location:
+    """Return the location that MLflow names by a URI."""
+    parts = urlsplit(uri)
+    if parts.scheme == "file":
+        return LocalLocation(Path(unquote(parts.path)))
+    return RemoteLocation(uri, tracking_uri) if parts.scheme else LocalLocation(Path(uri))
+
+
+def read_manifest(location: Location, digest: str) -> Manifest:
+    """Read and check the manifest of the artifact that lies at a location.
+
+    Raises:
+        RegistryError: it is missing, is not the one with this digest, or names files outside the artifact.
+    """
+    try:
+        manifest = Manifest.model_validate_json(location.read(MANIFEST_NAME))
+    except ValueError as error:
+        raise RegistryError(f"{MANIFEST_NAME} of artifact {digest[:12]} is damaged") from error
+    if manifest.digest != digest:
+        raise RegistryError(f"artifact {digest[:12]} was changed in MLflow's store: its manifest is {manifest.digest[:12]}")
+    for name in manifest.files:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or not name:
+            raise RegistryError(f"artifact {digest[:12]} names a file outside itself: `{name}`")
+    return manifest
+
+
+def bring(location: Location, manifest: Manifest, names: list[str], staging: Path, *, own: bool) -> int:
+    """Complete a staging directory with files of an artifact; return how many bytes were there already.
+
+    Args:
+        location: where the files come from.
+        manifest: what they must be.
+        names: the files wanted.
+        staging: directory that may hold what an interrupted call left.
+        own: whether the bytes must be the directory's own, or may be shared with the location.
+
+    Raises:
+        RegistryError: a file at the location is missing or damaged.
+    """
+    kept = 0
+    for name in names:
+        target, wanted = staging / name, manifest.files[name]
+        if target.is_file() and digest_file(target) == wanted:
+            kept += wanted.size
+            continue
+        if target.is_file() and target.stat().st_size >= wanted.size:
+            target.unlink()
+        held = target.stat().st_size if target.is_file() else 0
+        fetch = location.copy if own else location.take
+        fetch(name, target)
+        if held and digest_file(target) != wanted:
+            # What was left from before was no prefix of the file: once more from the start.
+            held = 0
+            target.unlink()
+            fetch(name, target)
+        if digest_file(target) != wanted:
+            target.unlink()
+            raise RegistryError(f"`{name}` of artifact {manifest.digest[:12]} is damaged in MLflow's store")
+        kept += held
+    return kept
+
+
+def fetch(store: Store, location: Location, digest: str) -> Artifact:
+    """Bring an artifact from a location into the store: verified, in one rename, continuing an interrupted fetch."""
+    manifest = read_manifest(location, digest)
+    staging = store.root / f".fetching-{digest}"
+    staging.mkdir(parents=True, exist_ok=True)
+    bring(location, manifest, sorted(manifest.files), staging, own=False)
+    for path in sorted(staging.rglob("*"), reverse=True):
+        if path.is_file() and path.relative_to(staging).as_posix() not in manifest.files:
+            path.unlink()
+    return store.publish(staging, manifest)

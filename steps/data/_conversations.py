@@ -1,0 +1,125 @@
+"""Rows of any known layout as conversations: messages with roles, ending in the assistant's turn."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from steps.artifacts.manifest import canonical_json
+from steps.data._hashing import hexdigest
+from steps.frame.errors import UserError, did_you_mean
+from steps.sources.rows import SourceRow
+
+Role = Literal["system", "user", "assistant"]
+Columns = Mapping[Literal["messages", "system", "user", "assistant"], str]
+"""Column that holds all messages, or the text of one role."""
+
+_ROLES = ("system", "user", "assistant")
+# Layouts that are recognised by their columns (user, assistant), in this order.
+_LAYOUTS = (("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One row as every later step sees it."""
+
+    messages: tuple[tuple[str, str], ...]
+    """Role and content; the last is the assistant's."""
+    source: str
+    where: str
+
+    @property
+    def id(self) -> str:
+        """16 hex digits of the sha256 over the messages: the same text has the same id in every data set."""
+        return hexdigest(canonical_json(self.messages))[:16]
+
+    @property
+    def text(self) -> str:
+        """All contents, lower case, white space as single spaces: what duplicates are compared by."""
+        return " ".join(" ".join(content for _, content in self.messages).casefold().split())
+
+    def as_messages(self) -> list[dict[str, str]]:
+        """Return the messages as chat templates take them."""
+        return [{"role": role, "content": content} for role, content in self.messages]
+
+
+def conversation(row: SourceRow, source: str, columns: Columns, system: str | None) -> Conversation:
+    """Read a row as a conversation.
+
+    What follows the last assistant's turn is left out: there is nothing to learn from it. `system` is put first where
+    the row has no system message of its own.
+
+    Raises:
+        UserError: the layout is unknown, or the conversation has no user's or no assistant's turn.
+    """
+    messages = _messages(row, columns)
+    last = max((index for index, (role, _) in enumerate(messages) if role == "assistant"), default=None)
+    if last is None:
+        raise UserError(f"{row.where}: the row has no assistant turn; there is nothing in it to learn")
+    messages = messages[: last + 1]
+    roles = [role for role, _ in messages]
+    if "user" not in roles[: roles.index("assistant")]:
+        raise UserError(
+            f"{row.where}: the assistant speaks before any user; a conversation begins with the user's turn"
+        )
+    if system is not None and roles[0] != "system":
+        messages = [("system", system), *messages]
+    return Conversation(tuple(messages), source, row.where)
+
+
+def _messages(row: SourceRow, columns: Columns) -> list[tuple[str, str]]:
+    values = row.values
+    column = columns.get("messages", "messages")
+    if not columns or "messages" in columns:
+        if column in values:
+            return _from_list(values[column], column, row.where)
+        if columns:
+            raise _no_column(column, row)
+        columns = _recognised(row)
+    # A role that only some rows have (a system prompt, an extra input) may be empty; the two speakers may not.
+    found = []
+    for role in _ROLES:
+        name = columns.get(role)
+        if name is None:
+            continue
+        if name not in values:
+            raise _no_column(name, row)
+        if role != "system" or values[name]:
+            content = _content(values[name], f"column `{name}`", role, row.where)
+            extra = values.get("input") if (role, name) == ("user", "instruction") else None
+            found.append((role, f"{content}\n\n{extra}" if extra else content))
+    return found
+
+
+def _recognised(row: SourceRow) -> Columns:
+    for user, assistant in _LAYOUTS:
+        if user in row.values and assistant in row.values:
+            return {"user": user, "assistant": assistant, **({"system": "system"} if "system" in row.values else {})}
+    have = ", ".join(f"`{name}`" for name in row.values)
+    raise UserError(
+        f"{row.where}: no known layout in the columns {have or '(none)'}; name them, for example "
+        "columns: {user: question, assistant: answer}"
+    )
+
+
+def _from_list(value: Any, column: str, where: str) -> list[tuple[str, str]]:
+    if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
+        raise UserError(f"{where}: `{column}` must be a list of objects with `role` and `content`")
+    found = []
+    for number, message in enumerate(value, start=1):
+        role = message.get("role")
+        if role not in _ROLES:
+            raise UserError(f"{where}: message {number} has the role `{role}`{did_you_mean(str(role), _ROLES)}")
+        found.append((role, _content(message.get("content"), f"message {number}", role, where)))
+    return found
+
+
+def _content(value: Any, place: str, role: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {place} must be text, not {type(value).__name__}")
+    if role != "system" and not value.strip():
+        raise UserError(f"{where}: {place}, the {role} turn, is empty")
+    return value
+
+
+def _no_column(name: str, row: SourceRow) -> UserError:
+    return UserError(f"{row.where}: there is no column `{name}`{did_you_mean(name, map(str, row.values))}")

@@ -1,0 +1,220 @@
+"""`data.prepare`: from raw rows to a training and an evaluation set in one form, without duplicates."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from steps.artifacts import Dataset, DatasetFacts, Draft, Model
+from steps.data._conversations import Columns, Conversation, conversation
+from steps.data._duplicates import without_exact, without_near
+from steps.data._hashing import uniform
+from steps.frame import Follows, Input, Job, Resources, Source, StepConfig, UserError, step
+from steps.sources import read_rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from transformers import PreTrainedTokenizerFast
+
+_BATCH = 256
+
+
+class PrepareData(StepConfig):
+    """Read rows, bring them into messages, drop duplicates, measure them and split off an evaluation set."""
+
+    source: Source | list[Source]
+    """Files, wildcards, `hf://datasets/ORG/NAME@REVISION`, or `python-stdlib-docs`; several are read in order."""
+    model: Input[Model] | None = Follows("base", required=False)
+    """Model whose tokenizer and chat template measure the rows; without one, lengths are counted in words."""
+    near_dedup: float | None = Field(default=0.8, gt=0, lt=1)
+    """Similarity of word triples from which two rows count as the same; null keeps near duplicates."""
+    eval_fraction: float = Field(default=0.05, ge=0, lt=1)
+    """Share of rows held out. Which side a row is on depends on its own text and the seed alone."""
+    limit: int | None = Field(default=None, ge=1)
+    """Most rows to keep, chosen by hash."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Longest row in tokens of the chat template; longer ones are dropped and counted."""
+    columns: Columns = {}
+    """Columns of another layout: `{user: q, assistant: a}` or `{messages: turns}`."""
+    system: str | None = None
+    """System message for rows that have none."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A conversation and its length."""
+
+    row: Conversation
+    length: int
+    """Tokens in the chat template, or words where there is no tokenizer."""
+
+
+@step(
+    "data.prepare",
+    produces={"train": Dataset, "eval": Dataset},
+    reference="https://arxiv.org/abs/2107.06499",
+    libraries=("rensa", "transformers", "tokenizers", "pyarrow"),
+    preload=("transformers", "rensa"),
+    resources=Resources(cpus=1),
+)
+def prepare_data(config: PrepareData, job: Job) -> dict[str, Draft]:
+    """Read, deduplicate, measure, limit, split, write."""
+    tokenizer = _tokenizer(config)
+    rows = list(_conversations(config, job))
+    unique, exact = without_exact(rows)
+    distinct, near = (unique, 0) if config.near_dedup is None else without_near(unique, config.near_dedup)
+    kept, too_long = _measured(distinct, config, tokenizer)
+    held_out = {one.row.id for one in kept if uniform(config.seed, "side", one.row.id) < config.eval_fraction}
+    sides = {
+        "train": [one for one in kept if one.row.id not in held_out],
+        "eval": [one for one in kept if one.row.id in held_out],
+    }
+    counts = {"rows_read": len(rows), "exact_duplicates": exact, "near_duplicates": near, "too_long": too_long}
+    _check_sides(config, sides, counts)
+    unit = "words" if tokenizer is None else "tokens"
+    job.log_metrics({**counts, "train": len(sides["train"]), "eval": len(sides["eval"]), **percentiles(kept, unit)})
+    job.log_figure(f"{unit}_per_row", _histogram(sides, unit))
+    return {name: _write(job, name, part, counts, unit, config.model) for name, part in sides.items()}
+
+
+def percentiles(rows: Sequence[Measured], unit: str) -> dict[str, float]:
+    """Return total, mean, median, 95th percentile and maximum of the lengths; nothing for no rows."""
+    lengths = sorted(one.length for one in rows)
+    if not lengths:
+        return {}
+    last = len(lengths) - 1
+    values = {
+        "total": sum(lengths),
+        "mean": round(sum(lengths) / len(lengths), 2),
+        "p50": lengths[round(0.5 * last)],
+        "p95": lengths[round(0.95 * last)],
+        "max": lengths[last],
+    }
+    return {f"{unit}_{name}": float(value) for name, value in values.items()}
+
+
+def _tokenizer(config: PrepareData) -> "PreTrainedTokenizerFast | None":
+    """Load the model's tokenizer.
+
+    Raises:
+        UserError: it has no chat template, or tokens are to be counted without a model.
+    """
+    from steps.lm.checkpoint import load_tokenizer
+
+    if config.model is None:
+        if config.max_tokens is not None:
+            raise UserError("data.prepare: `max_tokens` needs a `model`, whose tokens are counted")
+        return None
+    if config.model.facts.template_sha256 is None:
+        origin = config.model.facts.origin or config.model
+        raise UserError(
+            f"data.prepare: the model {origin} has no chat template, so conversations cannot be written in it"
+        )
+    return load_tokenizer(config.model.path)
+
+
+def _conversations(config: PrepareData, job: Job) -> Iterator[Conversation]:
+    sources = [config.source] if isinstance(config.source, str) else config.source
+    for source in sources:
+        for row in read_rows(source, job.cache, Path.cwd()):
+            yield conversation(row, source, config.columns, config.system)
+
+
+def _measured(
+    rows: Sequence[Conversation], config: PrepareData, tokenizer: "PreTrainedTokenizerFast | None"
+) -> tuple[list[Measured], int]:
+    """Measure rows and drop the too long, in an order given by their hashes, until the limit is reached.
+
+    Returns:
+        The rows kept, sorted by id, and how many were too long among those looked at.
+    """
+    order = sorted(rows, key=lambda row: uniform(config.seed, "sample", row.id))
+    limit = config.limit or len(order)
+    kept: list[Measured] = []
+    too_long = 0
+    for start in range(0, len(order), _BATCH):
+        batch = order[start : start + _BATCH]
+        for row, length in zip(batch, _lengths(batch, tokenizer), strict=True):
+            if len(kept) == limit:
+                break
+            if config.max_tokens is not None and length > config.max_tokens:
+                too_long += 1
+            else:
+                kept.append(Measured(row, length))
+    return sorted(kept, key=lambda one: one.row.id), too_long
+
+
+def _lengths(rows: Sequence[Conversation], tokenizer: "PreTrainedTokenizerFast | None") -> list[int]:
+    if tokenizer is None:
+        return [len(row.text.split(" ")) for row in rows]
+    from steps.lm.chat import render
+
+    texts = []
+    for row in rows:
+        try:
+            texts.append(render(tokenizer, row.as_messages()))
+        except UserError as error:
+            raise UserError(f"{row.where}: {error}") from error
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [len(one) for one in ids]  # pyright: ignore[reportArgumentType]
+
+
+def _check_sides(config: PrepareData, sides: dict[str, list[Measured]], counts: dict[str, int]) -> None:
+    """Refuse an empty result.
+
+    Raises:
+        UserError: a side that was asked for has no rows.
+    """
+    source = config.source if isinstance(config.source, str) else ", ".join(config.source)
+    if not sides["train"] and not sides["eval"]:
+        why = (
+            f"; all {counts['too_long']} are longer than max_tokens: {config.max_tokens}" if counts["too_long"] else ""
+        )
+        raise UserError(f"{source}: no rows are left of the {counts['rows_read']} read{why}")
+    if not sides["train"]:
+        raise UserError(f"{source}: all {len(sides['eval'])} rows fell to the evaluation set; lower `eval_fraction`")
+    if config.eval_fraction and not sides["eval"]:
+        raise UserError(
+            f"{source}: none of the {len(sides['train'])} rows fell to the evaluation set; raise `eval_fraction`, or "
+            "set it to 0 to do without one"
+        )
+
+
+def _write(
+    job: Job, name: str, rows: Sequence[Measured], counts: dict[str, int], unit: str, model: Model | None
+) -> Draft:
+    from steps.lm.rows import write_jsonl
+
+    out = job.output(name)
+    write_jsonl(
+        out / "rows.jsonl",
+        ({"id": one.row.id, "messages": one.row.as_messages(), "source": one.row.source} for one in rows),
+    )
+    facts = DatasetFacts(
+        rows=len(rows),
+        format="messages",
+        template_sha256=model.facts.template_sha256 if model else None,
+        statistics={**{key: float(count) for key, count in counts.items()}, **percentiles(rows, unit)},
+    )
+    return Dataset.draft(out, facts)
+
+
+def _histogram(sides: dict[str, list[Measured]], unit: str) -> "Figure":
+    """Draw how long the rows are, both sides as shares of their own number."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    lengths = {name: [one.length for one in rows] for name, rows in sides.items() if rows}
+    edges = np.histogram_bin_edges([length for part in lengths.values() for length in part], bins=40)
+    figure = Figure(figsize=(7, 3.5))
+    axes = figure.subplots()
+    for name, part in lengths.items():
+        weights = np.full(len(part), 1 / len(part))
+        axes.hist(part, bins=edges.tolist(), weights=weights, histtype="step", label=f"{name} ({len(part)} rows)")
+    axes.set(xlabel=f"{unit} per row", ylabel="share of rows", xlim=(0, None))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure

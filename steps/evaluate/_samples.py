@@ -1,0 +1,75 @@
+"""What every model is asked: the same rows, the same token ids."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from steps.artifacts import Dataset
+from steps.frame import UserError
+from steps.lm.chat import conversation
+from steps.lm.rows import read_jsonl
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row as tokens: `ids[:start]` prompts the model, `ids[start:end]` is the answer that is scored."""
+
+    id: str
+    prompt: Sequence[Mapping[str, str]]
+    """The messages before the answer."""
+    expected: str
+    """The answer in the data."""
+    text: str
+    """The whole conversation in the chat template."""
+    ids: list[int]
+    """Its token ids by the reference's tokenizer."""
+    start: int
+    end: int
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """Tokens up to where the assistant begins."""
+        return self.ids[: self.start]
+
+    @property
+    def answer_ids(self) -> list[int]:
+        """Tokens of the answer, its stop token included where it fits."""
+        return self.ids[self.start : self.end]
+
+
+def choose_samples(
+    data: Dataset,
+    tokenizer: "PreTrainedTokenizerFast",
+    stop_token_ids: Sequence[int],
+    *,
+    rows: int,
+    max_tokens: int,
+) -> list[Sample]:
+    """Take `rows` rows by the hash of their id, so that the choice hardly changes when the data grow.
+
+    Answers are cut at `max_tokens`, prompt included; a row whose prompt alone is that long is passed over.
+
+    Raises:
+        UserError: the rows are no conversations, or none fits.
+    """
+    if data.facts.format != "messages":
+        raise UserError(f"evaluate.compare reads rows of messages, `data` holds `{data.facts.format}`")
+    candidates = sorted(read_jsonl(data.rows_file), key=lambda row: hashlib.sha256(row["id"].encode()).digest())
+    samples: list[Sample] = []
+    for row in candidates:
+        if len(samples) == rows:
+            break
+        talk = conversation(tokenizer, row["messages"], stop_token_ids)
+        start = talk.prompt_length
+        end = max((index + 1 for index, own in enumerate(talk.assistant) if own), default=0)
+        if start < min(end, max_tokens):
+            *prompt, answer = row["messages"]
+            expected = answer["content"]
+            samples.append(Sample(row["id"], prompt, expected, talk.text, talk.ids, start, min(end, max_tokens)))
+    if not samples:
+        raise UserError(f"evaluate.compare: no row of `data` has a prompt under {max_tokens} tokens; raise `max_tokens`")
+    return samples

@@ -1,0 +1,110 @@
+"""Conversations as tokens: a row's messages through the checkpoint's own chat template, and whose each token is.
+
+Everything that trains on, calibrates with or measures a conversation must see the same tokens, so it asks here.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from steps.frame.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Message = Mapping[str, str]
+"""`{"role": ..., "content": ...}`."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A templated conversation."""
+
+    text: str
+    ids: list[int]
+    assistant: list[bool]
+    """For every token, whether the assistant wrote it (its end-of-turn token included)."""
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens before the last run of the assistant's tokens; all of them where the assistant says nothing."""
+        end = len(self.ids)
+        while end and not self.assistant[end - 1]:
+            end -= 1
+        while end and self.assistant[end - 1]:
+            end -= 1
+        return end if any(self.assistant) else len(self.ids)
+
+
+def render(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message], *, prompt: bool = False) -> str:
+    """Return the text of a conversation in the chat template; with `prompt` it ends where the assistant begins.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or its template refuses the messages.
+    """
+    import jinja2
+
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template; add chat_template.jinja beside it"
+        )
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=prompt
+        )
+    except jinja2.TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise UserError(f"{tokenizer.name_or_path}: the chat template refuses the roles {roles} ({error})") from error
+    return str(text)
+
+
+def token_ids(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:
+    """Tokenise a templated text: the template writes the special tokens itself, so none is added."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # pyright: ignore[reportArgumentType]
+
+
+def conversation(
+    tokenizer: "PreTrainedTokenizerFast",
+    messages: Sequence[Message],
+    stop_token_ids: Sequence[int] = (),
+) -> Conversation:
+    """Tokenise a whole conversation and mark the assistant's tokens.
+
+    An assistant's turn runs from where the template invites it to speak to its first stop token (`stop_token_ids`, by
+    default the tokenizer's end token), because what the template writes after that no model ever generates.
+
+    Raises:
+        UserError: there is no template, or it renders a turn differently once a later one follows, so that it cannot
+            be said which text is the assistant's.
+    """
+    text = render(tokenizer, messages)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids: list[int] = list(encoded["input_ids"])  # pyright: ignore[reportArgumentType]
+    starts = [start for start, _ in encoded["offset_mapping"]]  # pyright: ignore[reportGeneralTypeIssues]
+    stops = set(stop_token_ids) or set(token_ids(tokenizer, str(tokenizer.eos_token)))
+    assistant = [False] * len(ids)
+    for begin, end in _turns(tokenizer, messages, text):
+        for index, start in enumerate(starts):
+            if begin <= start < end:
+                assistant[index] = True
+                if ids[index] in stops:
+                    break
+    return Conversation(text, ids, assistant)
+
+
+def _turns(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
+    """Return the spans of characters of the assistant's turns."""
+    spans = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = render(tokenizer, messages[:index], prompt=True)
+        through = render(tokenizer, messages[: index + 1])
+        # The last turn's text is what matters to most callers; an earlier one may lose its reasoning to the template.
+        if not (text.startswith(before) and text.startswith(through)):
+            raise UserError(
+                f"{tokenizer.name_or_path}: the chat template changes the assistant's turn {index + 1} when it is part "
+                "of a longer conversation; give conversations with one assistant turn"
+            )
+        spans.append((len(before), len(through)))
+    return spans

@@ -1,0 +1,169 @@
+"""`quantize.gguf`: a checkpoint as one GGUF file for llama.cpp, template and stop tokens kept and proven."""
+
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from steps.artifacts import Dataset, Draft, Model, Quantized, QuantizedFacts
+from steps.frame import Input, Job, Resources, StepConfig, UserError, step
+from steps.frame.errors import ProofFailed
+from steps.lm.checkpoint import chat_template, load_model, load_tokenizer
+from steps.quantize._calibration import calibration_ids, calibration_texts
+from steps.quantize._convert import convert, converter_directory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Scheme = Literal[
+    "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K",
+    "Q4_0", "IQ4_NL", "IQ4_XS", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS",
+]  # fmt: skip
+_UNWEIGHTED = ("F16", "BF16", "Q8_0")
+"""Schemes whose rounding no importance matrix changes."""
+_NEEDS_WEIGHTS = ("IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS")
+"""Schemes that llama.cpp refuses to make without an importance matrix."""
+
+_SENTENCES = (
+    "Hello, world!\n\nIt's 10:45 on 2024-02-29, and I'd say they've paid $1,234.56 for 007.",
+    "def area(radius: float) -> float:\n    return 3.14159 * radius ** 2  # πr²\n\n\tif x == 1000000:\n\t\tpass\n",
+    "Größe, façade, naïve; Ελληνικά, русский, العربية, हिन्दी, 日本語, 한국어. 🙂👩\u200d🔬 end  of   text ",
+)
+
+
+class QuantizeGguf(StepConfig):
+    """Convert a model to one GGUF file for llama.cpp, weighing its rounding by the run's own rows."""
+
+    model: Input[Model]
+    calibration: Input[Dataset] | None = None
+    """Conversations for the importance matrix; without them every weight counts the same."""
+    scheme: Scheme = "Q4_K_M"
+    calibration_rows: int = Field(default=64, ge=1)
+    """Most rows of the calibration data to use, evenly spread over it."""
+    calibration_tokens: int = Field(default=512, ge=16)
+    """Most tokens of each row."""
+    pre_tokenizer: str | None = None
+    """llama.cpp's name for the tokenizer's pre-tokenizer, where it is not recognised (`gpt-2`, `llama-bpe`, ...)."""
+    name: str = Field(default="model", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the model in the file, and of the file: `NAME-SCHEME.gguf`."""
+
+
+@step(
+    "quantize.gguf",
+    produces=Quantized,
+    reference="https://github.com/ggml-org/llama.cpp/blob/master/tools/quantize/README.md",
+    libraries=("llama-cpp-python", "torch", "transformers"),
+    preload=("torch", "transformers.models.llama"),
+    resources=Resources(cpus=0),
+)
+def quantize_gguf(config: QuantizeGguf, job: Job) -> Draft:
+    """Convert, measure importance, quantize, then open the written file and prove that it is the same model."""
+    from steps.lm.llama_cpp import GgufModel
+    from steps.quantize._gguf_file import quantize_file
+    from steps.quantize._importance import importance_matrix
+
+    _check(config)
+    model = config.model
+    tokenizer = load_tokenizer(model.path)
+    texts = calibration_texts(config.calibration, tokenizer, config.calibration_rows) if config.calibration else []
+    work = job.scratch / "gguf"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    with _timed(job, "convert"):
+        dtype = model.facts.dtype
+        converted, names = convert(model.path, work, name=config.name, dtype=dtype, pre_tokenizer=config.pre_tokenizer)
+    importance = {}
+    if texts and config.scheme not in _UNWEIGHTED:
+        with _timed(job, "importance"):
+            rows = calibration_ids(texts, tokenizer, config.calibration_tokens)
+            importance = importance_matrix(load_model(model.path, "bfloat16"), rows, names, job)
+    with GgufModel(converted, context=16, threads=job.cpus) as plain:
+        unmarked = sorted(set(model.facts.stop_token_ids) - plain.stop_token_ids)
+    out = job.output()
+    target = out / f"{config.name}-{config.scheme}.gguf"
+    with _timed(job, "quantize"):
+        outcome = quantize_file(
+            converted, target, config.scheme, importance=importance, stop_token_ids=unmarked, threads=job.cpus
+        )
+    shutil.rmtree(work)
+    if outcome.fallbacks:
+        job.log.warning(
+            "%d tensors are stored in another type than %s's own: their rows do not divide into its blocks of 256",
+            outcome.fallbacks,
+            config.scheme,
+        )
+    if importance and outcome.unweighed:
+        job.log.warning("no importance was measured for %s", ", ".join(outcome.unweighed))
+    with _timed(job, "verify"):
+        bits = verify_gguf(target, model, tokenizer, [*_SENTENCES, *texts[:16]], job.cpus)
+    job.log_metrics({"size_bytes": target.stat().st_size, "bits_per_weight": bits, "fallbacks": outcome.fallbacks})
+    facts = QuantizedFacts(
+        format="gguf",
+        scheme=config.scheme,
+        bits_per_weight=bits,
+        template_sha256=model.facts.template_sha256,
+        stop_token_ids=model.facts.stop_token_ids,
+        architecture=model.facts.architecture,
+        parameters=model.facts.parameters,
+        fallbacks=outcome.fallbacks,
+    )
+    return Quantized.draft(out, facts)
+
+
+def verify_gguf(
+    path: Path, model: Model, tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str], threads: int
+) -> float:
+    """Prove what a GGUF must have kept of its checkpoint; return its bits per weight.
+
+    Raises:
+        ProofFailed: the chat template differs, a stop token would not stop, a text becomes other tokens, or the
+            logits are not finite.
+    """
+    import numpy as np
+
+    from steps.lm.chat import token_ids
+    from steps.lm.llama_cpp import GgufModel
+
+    with GgufModel(path, context=512, threads=threads) as gguf:
+        if gguf.template != chat_template(model.path):
+            raise ProofFailed(f"{path.name}: the chat template is not the checkpoint's")
+        if missing := sorted(set(model.facts.stop_token_ids) - gguf.stop_token_ids):
+            words = ", ".join(tokenizer.convert_ids_to_tokens(missing))
+            raise ProofFailed(f"{path.name}: llama.cpp would not stop at {words}, where the checkpoint does")
+        for text in texts:
+            ours, theirs = token_ids(tokenizer, text), gguf.tokenize(text)
+            if ours != theirs:
+                raise ProofFailed(f"{path.name}: {_difference(tokenizer, ours, theirs)}; set `pre_tokenizer:`")
+        for text in texts[:4]:
+            if not np.isfinite(gguf.logits(gguf.tokenize(text)[:512])).all():
+                raise ProofFailed(f"{path.name}: the logits are not finite; is the scheme too coarse for this model?")
+        return gguf.bits_per_weight
+
+
+def _difference(tokenizer: "PreTrainedTokenizerFast", ours: list[int], theirs: list[int]) -> str:
+    """Say where two tokenisations part."""
+    pairs = zip(ours, theirs, strict=False)
+    at = next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
+    left, right = (tokenizer.convert_ids_to_tokens(ids[max(0, at - 1) : at + 3]) for ids in (ours, theirs))
+    return f"the checkpoint's tokenizer gives {left} where llama.cpp gives {right}"
+
+
+def _check(config: QuantizeGguf) -> None:
+    """Refuse at once what would fail after minutes."""
+    converter_directory()
+    if config.scheme in _NEEDS_WEIGHTS and config.calibration is None:
+        raise UserError(f"scheme: {config.scheme} needs an importance matrix; give `calibration:` a data step's output")
+
+
+@contextmanager
+def _timed(job: Job, part: str) -> Iterator[None]:
+    """Say which part runs, and log how long it took."""
+    parts = ("convert", "importance", "quantize", "verify")
+    job.progress(parts.index(part), len(parts), part)
+    began = time.perf_counter()
+    yield
+    job.log_metrics({f"seconds_{part}": time.perf_counter() - began})

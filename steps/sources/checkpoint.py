@@ -1,0 +1,36 @@
+"""Which files of a model repository are the checkpoint: weights in safetensors, JSON, templates, the tokenizer."""
+
+from collections.abc import Iterable
+
+from steps.frame.errors import UserError
+
+_TEXTS = (".json", ".jinja")
+_TOKENIZERS = {"merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"}
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+def checkpoint_files(names: Iterable[str], label: str) -> list[str]:
+    """Choose the files to take, sorted: never code, never a pickle, and each weight once.
+
+    Args:
+        names: POSIX paths below the repository's root; only its top folder counts.
+        label: what error messages call the repository.
+
+    Raises:
+        UserError: there are no safetensors, or no `config.json`.
+    """
+    top = sorted(name for name in names if "/" not in name)
+    weights = [name for name in top if name.endswith(".safetensors")]
+    if not weights:
+        pickles = [name for name in top if name.endswith(_PICKLES)]
+        if pickles:
+            raise UserError(
+                f"{label}: the weights are a pickle ({pickles[0]}), which could run code when it is loaded; "
+                "give a checkpoint in safetensors"
+            )
+        raise UserError(f"{label}: no *.safetensors file; a model is a Hugging Face checkpoint or one .gguf file")
+    if "config.json" not in top:
+        raise UserError(f"{label}: no config.json beside the weights")
+    # Some repositories hold the same weights again in their makers' own layout (`consolidated.safetensors`).
+    weights = [name for name in weights if name.startswith("model")] or weights
+    return sorted([*weights, *(name for name in top if name.endswith(_TEXTS) or name in _TOKENIZERS)])

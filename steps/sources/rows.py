@@ -1,0 +1,103 @@
+"""Rows out of data files: JSONL, Parquet and CSV, each row with the place it came from."""
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from steps.frame.errors import UserError
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """One row as its source gives it."""
+
+    values: Mapping[str, Any]
+    """Cells by column."""
+    where: str
+    """Where it stands, for error messages: `data.jsonl line 7`."""
+
+
+def read_file(path: Path, label: str) -> Iterator[SourceRow]:
+    """Yield the rows of one file; its ending says the format.
+
+    Args:
+        path: the file.
+        label: what error messages call it.
+
+    Raises:
+        UserError: the format is unknown, or a row is malformed (file and line are named).
+    """
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(f"{label}: data files end in {', '.join(_READERS)}")
+    yield from reader(path, label)
+
+
+def is_data_file(name: str) -> bool:
+    """Whether a file name has an ending that `read_file` knows."""
+    return Path(name).suffix.lower() in _READERS
+
+
+def _read_jsonl(path: Path, label: str) -> Iterator[SourceRow]:
+    """Yield one JSON object a line. Empty lines are allowed at the end only: in the middle they hide a lost row."""
+    empty = 0
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            where = f"{label} line {number}"
+            if not line.strip():
+                empty = empty or number
+                continue
+            if empty:
+                raise UserError(f"{label} line {empty}: the line is empty; each line must be one JSON object")
+            try:
+                values = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except ValueError as error:
+                raise UserError(f"{where}: not valid JSON ({error}); each line must be one JSON object") from None
+            if not isinstance(values, dict):
+                raise UserError(f"{where}: a JSON {_json_name(values)}, where each line must be one JSON object")
+            yield SourceRow(values, where)
+
+
+def _read_parquet(path: Path, label: str) -> Iterator[SourceRow]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        batches = parquet.ParquetFile(path).iter_batches(batch_size=1024)
+        number = 0
+        for batch in batches:
+            for values in batch.to_pylist():
+                number += 1
+                yield SourceRow(values, f"{label} row {number}")
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{label}: not a readable Parquet file ({error})") from None
+
+
+def _read_csv(path: Path, label: str) -> Iterator[SourceRow]:
+    csv.field_size_limit(sys.maxsize)
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream, strict=True)
+        try:
+            for values in reader:
+                where = f"{label} line {reader.line_num}"
+                if None in values or None in values.values():
+                    raise UserError(f"{where}: another number of cells than the {len(reader.fieldnames or ())} columns")
+                yield SourceRow(values, where)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{label} line {reader.line_num + 1}: not valid CSV ({error})") from None
+
+
+def _json_name(value: object) -> str:
+    names: dict[type, str] = {list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[SourceRow]]] = {
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+}
