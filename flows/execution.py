@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from flows.plan import Plan, PlannedStep
 from registry.family import resolve
@@ -19,6 +19,9 @@ from registry.record import Recorder, StepRecord
 from steps.frame.keys import plain_config
 from steps.frame.launch import Launcher
 from steps.frame.spec import LOG_NAME, METRICS_NAME, PLOTS_NAME, InputSpec, StepResult, StepSpec
+
+if TYPE_CHECKING:
+    from flows.ending import Ending
 
 Outcome = Literal["finished", "cached", "refused", "failed", "skipped"]
 OnProgress = Callable[[str, Mapping[str, Any]], None]
@@ -55,6 +58,7 @@ class Execution:
         self.launcher = Launcher(plan.preload, home.root / "logs" / "forkserver.log")
         self.recorder = Recorder(home)
         self._slots = Slots(cpus)
+        self.ending: Ending | None = None
         self._record = None
         self._lock = threading.Lock()
 

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 from prefect import flow, get_run_logger, task
@@ -13,7 +12,7 @@ from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.execution import Execution, StepState
-from flows.finish import Ending, finish
+from flows.finish import finish
 from flows.prepare import prepare
 from steps.frame import UserError
 
@@ -110,10 +109,4 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def recipe_path(recipe: str) -> Path:
-    """Return the file of a recipe given by name or by path."""
-    path = Path(recipe)
-    return path if path.suffix in (".yaml", ".yml") else Path("recipes") / f"{recipe}.yaml"
-
-
-__all__ = ["Ending", "lifecycle", "prepared"]
+__all__ = ["board", "lifecycle", "prepared"]

@@ -98,6 +98,16 @@ def make_plan(graph: Graph, home: Home, root: Path, *, thorough: bool) -> Plan:
     Raises:
         UserError: a source that the key depends on cannot be read.
     """
+    keys, registry = graph_keys(graph, home, root)
+    index = Index(home.index)
+    known = _Known(index, home, thorough)
+    steps = {name: known.planned(node, keys[name]) for name, node in graph.nodes.items()}
+    reachable = {name: _blocked(graph, step, home, root) for name, step in steps.items()}
+    return Plan(graph, reachable, registry)
+
+
+def graph_keys(graph: Graph, home: Home, root: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the key of every node, and the artifact digest of every `registry://` source."""
     keys: dict[str, str] = {}
     registry: dict[str, str] = {}
     for node in graph.nodes.values():
@@ -107,11 +117,7 @@ def make_plan(graph: Graph, home: Home, root: Path, *, thorough: bool) -> Plan:
                 prints[uri] = _fingerprint(graph, node, name, uri, home, root, registry)
         parents = {name: [f"{keys[ref.step]}:{ref.output}" for ref in refs] for name, refs in node.edges.items()}
         keys[node.name] = step_key(node.kind, node.config, parents, prints)
-    index = Index(home.index)
-    known = _Known(index, home, thorough)
-    steps = {name: known.planned(node, keys[name]) for name, node in graph.nodes.items()}
-    reachable = {name: _blocked(graph, step, home, root) for name, step in steps.items()}
-    return Plan(graph, reachable, registry)
+    return keys, registry
 
 
 class _Known:

@@ -235,7 +235,9 @@ def _compare(gate: Gate, member: str, evidence: Evidence, champion: Evidence, ch
         raise RegistryError(f"gate `{gate.metric}`: no sample-by-sample test of `{gate.name}`{near}")
     statistic = _STATISTICS[gate.name]
     if member not in evidence.rows:
-        raise RegistryError(f"gate `{gate.metric}`: the report has no rows of `{member}`{nearest(member, evidence.rows)}")
+        raise RegistryError(
+            f"gate `{gate.metric}`: the report has no rows of `{member}`{nearest(member, evidence.rows)}"
+        )
     pairs = _pairs(evidence.rows[member], champion.rows.get(champion_name, ()), statistic.field)
     broken = sum(not _finite(ours[statistic.field]) for ours, _ in pairs)
     refused = partial(GateOutcome, gate=gate, member=member, passed=False, value=None, samples=len(pairs))
@@ -304,12 +306,14 @@ def paired_bootstrap(
 
     random = np.random.default_rng(SEED)
     count = len(values)
-    chunk = max(1, min(RESAMPLES, 4_000_000 // count))
+    chunk = max(1, min(RESAMPLES, 1_000_000 // count))
     differences = []
     for start in range(0, RESAMPLES, chunk):
-        # How often each sample is drawn says all there is to know of a resample: (chunk, samples).
-        drawn = random.multinomial(count, np.full(count, 1 / count), size=min(chunk, RESAMPLES - start))
-        differences.append(means(drawn.astype(np.float64)) @ np.array([1.0, -1.0]))
+        size = min(chunk, RESAMPLES - start)
+        # How often each sample is drawn says all there is to know of a resample: (size, samples).
+        drawn = random.integers(count, size=(size, count)) + count * np.arange(size)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count)
+        differences.append(means(counts.astype(np.float64)) @ np.array([1.0, -1.0]))
     ours, theirs = means(np.ones(count))
     low, high = np.quantile(np.concatenate(differences), [1 - confidence, confidence])
     return float(ours), float(theirs), float(low), float(high)

@@ -1,6 +1,5 @@
 """Artifact locations: where MLflow keeps the files of one run or one model, on this machine or behind a server."""
 
-import os
 import shutil
 import tempfile
 import uuid
@@ -149,7 +148,7 @@ class RemoteLocation:
                 _download(self._repository.artifact_uri, name, target)
             else:
                 with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-                    os.replace(self._repository.download_artifacts(name, folder), target)
+                    Path(self._repository.download_artifacts(name, folder)).replace(target)
         except (MlflowException, RequestException) as error:
             raise RegistryError(f"`{name}` cannot be fetched from {self._repository.artifact_uri} ({error})") from error
 
@@ -157,11 +156,14 @@ class RemoteLocation:
 def _download(artifact_uri: str, name: str, target: Path) -> None:
     """Stream one file from MLflow's server, appending to what `target` already holds."""
     from mlflow.utils.credentials import get_default_host_creds
-    from mlflow.utils.rest_utils import augmented_raise_for_status, http_request
+    from mlflow.utils.request_utils import augmented_raise_for_status
+    from mlflow.utils.rest_utils import http_request
 
     held = target.stat().st_size if target.exists() else 0
     wish = {"Range": f"bytes={held}-", "Accept-Encoding": "identity"} if held else {"Accept-Encoding": "identity"}
     response = http_request(get_default_host_creds(artifact_uri), f"/{name}", "GET", extra_headers=wish, stream=True)
+    if response is None:
+        raise RegistryError(f"the server gave no answer for `{name}`")
     with response:
         if response.status_code == 416:  # nothing is left to send
             return
@@ -190,7 +192,9 @@ def read_manifest(location: Location, digest: str) -> Manifest:
     except ValueError as error:
         raise RegistryError(f"{MANIFEST_NAME} of artifact {digest[:12]} is damaged") from error
     if manifest.digest != digest:
-        raise RegistryError(f"artifact {digest[:12]} was changed in MLflow's store: its manifest is {manifest.digest[:12]}")
+        raise RegistryError(
+            f"artifact {digest[:12]} was changed in MLflow's store: its manifest is {manifest.digest[:12]}"
+        )
     for name in manifest.files:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or not name:

@@ -17,6 +17,7 @@ from registry.location import LocalLocation, Location, fetch
 from registry.run_data import json_tag, mlflow_name
 from registry.step_run import ENTRY_NAME, StepRecord, StepRun, output_folder, share_files
 from registry.tracking import Tracking
+from registry.versions import family_names, read_family
 from steps.artifacts import Artifact
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ class Recorder:
         Raises:
             RegistryError: the tracking server does not answer.
         """
-        self.index.create()
+        if self.home.embedded and not self.index.exists:
+            self.rebuild_index()
         experiment = self.tracking.experiment(recipe)
         for dead in list(self.tracking.runs("tags.`posttrain.role` = 'execution' AND attributes.status = 'RUNNING'")):
             if not _alive(dead):
@@ -92,16 +94,19 @@ class Recorder:
         return entry
 
     def rebuild_index(self) -> int:
-        """Write the index anew from all that MLflow knows; return the number of steps."""
-        self.index.create()
+        """Write the index anew from all that MLflow knows, steps and families; return the number of steps."""
         found: dict[str, Entry] = {}
         condition = "tags.`posttrain.role` = 'step' AND attributes.status = 'FINISHED'"
         for run in self.tracking.runs(condition) if self.tracking.may_exist else ():
             key = run.data.tags.get("posttrain.key", "")
             if key not in found and (entry := self._entry(run, key)):
                 found[key] = entry
+        for name in family_names(self.tracking):
+            if family := read_family(self.tracking, name):
+                self.index.put_family(name, family.model_dump_json(indent=1).encode())
         for entry in found.values():
             self.index.put(entry)
+        self.index.create()
         return len(found)
 
     def location(self, entry: Entry, digest: str) -> Location:
@@ -320,4 +325,3 @@ def _alive(run: "Run") -> bool:
         return _process(int(rest)) == run.data.tags["posttrain.process"]
     except (psutil.NoSuchProcess, ValueError):
         return False
-

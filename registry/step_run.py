@@ -143,7 +143,9 @@ class StepRun:
                 if entry:
                     where["uri"] = f"runs:/{entry.run_id}/{output_folder(output)}"
                 # MLflow keeps 36 characters of a data set's digest; the whole one is in the source.
-                dataset = Dataset(name, digest[:36], "posttrain", json.dumps(where), profile=json.dumps(dict(artifact.manifest.facts)))
+                dataset = Dataset(
+                    name, digest[:36], "posttrain", json.dumps(where), profile=json.dumps(dict(artifact.manifest.facts))
+                )
                 datasets.append(DatasetInput(dataset, [InputTag("mlflow.data.context", role)]))
         if datasets or models:
             self.client.log_inputs(self.run_id, datasets, [LoggedModelInput(model_id) for model_id in sorted(models)])
@@ -162,7 +164,9 @@ class StepRun:
             "posttrain.parents": json_tag({role: parent.digest for role, parent in manifest.parents.items()}),
         }
         facts = {mlflow_name(fact): value for fact, value in flatten(manifest.facts)}
-        model = self.client.create_logged_model(self.experiment, name, self.run_id, tags, facts, model_type=manifest.kind)
+        model = self.client.create_logged_model(
+            self.experiment, name, self.run_id, tags, facts, model_type=manifest.kind
+        )
         share_files(artifact, self.tracking.of_model(model.model_id, artifact.digest), "")
         self.client.finalize_logged_model(model.model_id, "READY")
         return model.model_id

@@ -159,11 +159,12 @@ def _open(home: Home) -> "MlflowClient":
             f"MLFLOW_TRACKING_URI is `{uri}`; name a server (http://HOST:PORT) or a database (sqlite:////PATH/mlflow.db)"
         )
     home.root.mkdir(parents=True, exist_ok=True)
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
 
     from mlflow import MlflowClient
 
+    # After the import, which sets them itself: the migrations of a new database are no news.
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     # Two processes that both find no database must not both make its tables.
     with Index(home.index).lock("database"):
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -177,5 +178,6 @@ def _probe(uri: str) -> None:
         requests.get(f"{uri.rstrip('/')}/health", timeout=10).raise_for_status()
     except requests.RequestException as error:
         raise RegistryError(
-            f"the tracking server at {uri} does not answer ({type(error).__name__}); start it or unset MLFLOW_TRACKING_URI"
+            f"the tracking server at {uri} does not answer ({type(error).__name__}); "
+            "start it or unset MLFLOW_TRACKING_URI"
         ) from error

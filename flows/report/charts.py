@@ -27,14 +27,15 @@ from flows.report.svg import (
 from registry.run_data import read_points
 
 WIDTH, HEIGHT = 560.0, 300.0
-SMALL = (270.0, 150.0)
-"""Pixels of a small chart."""
+LOSS, SMALL = (740.0, 316.0), (360.0, 150.0)
+"""Pixels of the chart of losses and of the small charts beside it."""
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 18.0, 30.0, 42.0
 """Pixels around the plotted area."""
 KL_FLOOR = 1e-4
-"""A divergence below this is drawn here: a fifth of the rounding noise between two runs of one model in bfloat16."""
+"""A smaller divergence is drawn here; its figure stands beside it."""
 BESIDE = ("reward", "eval_mean_token_accuracy", "mean_token_accuracy", "learning_rate", "grad_norm", "entropy")
 """Curves worth a small chart beside the loss, the first first."""
+LOSS_LABELS = {"loss": "training", "train_loss": "training", "eval_loss": "held out"}
 Curves = Mapping[str, Sequence[Point]]
 
 
@@ -70,13 +71,13 @@ def _curves(step: ReportStep) -> dict[str, list[Point]]:
 
 
 def loss_chart(step: str, losses: Curves) -> Markup:
-    """Return losses over optimizer steps: training as a line (the raw values pale where it is smoothed), eval dotted."""
-    width, height = (WIDTH, 2 * SMALL[1] + 14)
+    """Return losses over optimizer steps: training as a line over its raw values, held-out with points."""
+    width, height = LOSS
     points = [point for curve in losses.values() for point in curve]
-    x = Scale(min(at for at, _ in points), max(at for at, _ in points), LEFT, width - RIGHT - 44)
+    x = Scale(min(at for at, _ in points), max(at for at, _ in points), LEFT, width - RIGHT - 48)
     y = linear([value for _, value in points], height - BOTTOM, TOP)
     parts = [
-        vertical_axis(y, LEFT, "Loss", units.significant, x.end),
+        vertical_axis(y, LEFT, "Loss", _tick, x.end),
         horizontal_axis(x, y.start, "Optimizer step", _count, y.start),
     ]
     labels: list[tuple[float, str, str]] = []
@@ -88,8 +89,11 @@ def loss_chart(step: str, losses: Curves) -> Markup:
         parts += [polyline(path, f"raw {colour}")] if smooth is not path else []
         parts.append(polyline(smooth, f"curve {colour}"))
         if held_out:
-            parts += [dot(at, f"point {colour}", f"{name} {value:.4g}", 3.5) for at, (_, value) in zip(path, curve, strict=True)]
-        labels.append((smooth[-1][1], "held out" if held_out else "training", colour))
+            parts += [
+                dot(at, f"point {colour}", f"{name} {value:.4g}", 3.5)
+                for at, (_, value) in zip(path, curve, strict=True)
+            ]
+        labels.append((smooth[-1][1], LOSS_LABELS.get(name, name), colour))
     parts += [text(x.end + 8, at + 4, label, f"end {colour}") for at, label, colour in _apart(labels)]
     return drawing(width, height, f"Loss of {step} over optimizer steps", *parts)
 
@@ -115,7 +119,7 @@ def quality_chart(comparison: Comparison) -> Markup | None:
     sizes = [each.figures["size_bytes"].value for each in shown]
     quality = [each.figures[metric.name] for each in shown]
     ends = [end for figure in quality for end in (figure.value, *(figure.interval or ()))]
-    x, (unit, divisor) = linear(sizes, LEFT, WIDTH - RIGHT, zero=True), _unit(max(sizes))
+    x, (unit, divisor) = linear(sizes, LEFT, WIDTH - RIGHT, zero=True), units.size_unit(max(sizes))
     y = linear(ends, HEIGHT - BOTTOM, TOP)
     x_ticks = Scale(x.low / divisor, x.high / divisor, x.start, x.end)
     parts = [
@@ -125,7 +129,9 @@ def quality_chart(comparison: Comparison) -> Markup | None:
     points = [(x(size), y(figure.value)) for size, figure in zip(sizes, quality, strict=True)]
     for candidate, figure, (across, down) in zip(shown, quality, points, strict=True):
         if figure.interval:
-            parts.append(line((across, y(figure.interval[0])), (across, y(figure.interval[1])), f"interval {candidate.colour}"))
+            parts.append(
+                line((across, y(figure.interval[0])), (across, y(figure.interval[1])), f"interval {candidate.colour}")
+            )
         size = candidate.figures["size_bytes"].text
         parts.append(dot((across, down), f"point {candidate.colour}", f"{candidate.name}: {figure.text}, {size}"))
     labels = [each.name for each in shown]
@@ -144,13 +150,14 @@ def drift_chart(comparison: Comparison) -> Markup | None:
     left = 14 + LETTER * min(24, max(len(each.name) for each in shown))
     values = [end for each in shown for end in (each.figures["kl"].value, *(each.figures["kl"].interval or ()))]
     x = logarithmic(values, left, WIDTH - 76, KL_FLOOR)
-    bottom = HEIGHT - BOTTOM
+    height = max(HEIGHT, TOP + BOTTOM + 24 * len(shown))
+    bottom = height - BOTTOM
     title = f"KL divergence from {comparison.reference.name}, nats a token (log scale)"
-    parts = [horizontal_axis(x, bottom, title, lambda tick: f"{tick:g}", TOP)]
+    parts = [horizontal_axis(x, bottom, "", lambda tick: f"{tick:g}", TOP), text(0, TOP - 12, title, "axis")]
     apart = (bottom - TOP) / len(shown)
     for index, candidate in enumerate(shown):
         parts += _drift_row(candidate, x, TOP + apart * (index + 0.5), min(22.0, apart * 0.55))
-    return drawing(WIDTH, HEIGHT, title, *parts)
+    return drawing(WIDTH, height, title, *parts)
 
 
 def _drift_row(candidate: Candidate, x: Scale, y: float, thick: float) -> Iterator[Markup]:
@@ -176,13 +183,11 @@ def _axis(metric: Metric) -> str:
 
 
 def _smooth(path: Sequence[Point]) -> list[Point]:
-    """Return the exponential moving average over about a twentieth of the curve, free of bias at its start."""
-    keep = 1 - 20 / max(len(path), 40)
-    total = weight = 0.0
-    smooth = []
-    for x, y in path:
-        total, weight = keep * total + y, keep * weight + 1
-        smooth.append((x, total / weight))
+    """Return the moving average over a tenth of the curve, centred so that it does not lag."""
+    smooth, reach = [], len(path) // 20
+    for index, (x, _) in enumerate(path):
+        window = path[max(0, index - reach) : index + reach + 1]
+        smooth.append((x, sum(y for _, y in window) / len(window)))
     return smooth
 
 
@@ -192,10 +197,6 @@ def _apart(labels: Sequence[tuple[float, str, str]]) -> list[tuple[float, str, s
     for at, label, colour in sorted(labels):
         placed.append((max(at, placed[-1][0] + 14) if placed else at, label, colour))
     return placed
-
-
-def _unit(largest: float) -> tuple[str, float]:
-    return next(((name, unit) for name, unit in (("GB", 1e9), ("MB", 1e6)) if largest >= 2 * unit), ("kB", 1e3))
 
 
 def _count(value: float) -> str:

@@ -16,6 +16,7 @@ from flows.report.run import RunReport
 
 DRAWS = 2000
 """Bootstrap resamples."""
+SCORES = {"rouge_l": "ROUGE-L F (0 to 1)", "exact": "the share of exact answers"}
 Range = tuple[float, float]
 Row = Mapping[str, Any]
 
@@ -47,10 +48,20 @@ class Metric:
 METRICS = (
     Metric("answer_score", "Answer score", 1, units.fixed, units.signed, False, "score"),
     Metric(
-        "perplexity", "Perplexity", -1, units.significant, units.signed_percent, True, "nll", exponential=True, weighted=True
+        "perplexity",
+        "Perplexity",
+        -1,
+        units.significant,
+        units.signed_percent,
+        True,
+        "nll",
+        exponential=True,
+        weighted=True,
     ),
     Metric("kl", "KL to reference", -1, units.significant, units.signed, False, "kl", weighted=True, distance=True),
-    Metric("top1_agreement", "Top-1 agreement", 1, units.percent, units.signed, False, "top1", weighted=True, distance=True),
+    Metric(
+        "top1_agreement", "Top-1 agreement", 1, units.percent, units.signed, False, "top1", weighted=True, distance=True
+    ),
     Metric("size_bytes", "Size", -1, units.size, units.factor, True),
     Metric("tokens_per_second", "Tokens/s", 1, units.significant, units.factor, True),
     Metric("peak_memory_bytes", "Peak memory", -1, units.size, units.factor, True),
@@ -80,7 +91,9 @@ class Figure:
     @property
     def interval_text(self) -> str:
         """The interval as written in the table, or nothing."""
-        return f"{self.metric.write(self.interval[0])} to {self.metric.write(self.interval[1])}" if self.interval else ""
+        return (
+            f"{self.metric.write(self.interval[0])} to {self.metric.write(self.interval[1])}" if self.interval else ""
+        )
 
     @property
     def difference_text(self) -> str:
@@ -111,11 +124,23 @@ class Comparison:
     """The base first, then the reference, then the others."""
     rows: Mapping[str, Mapping[str, Row]]
     """By sample, then by candidate."""
+    score: str = ""
+    """What the answer score is."""
 
     @property
     def base(self) -> Candidate | None:
         """The model before training, if it was compared."""
         return next((candidate for candidate in self.candidates if candidate.role == "base"), None)
+
+    @property
+    def answered(self) -> dict[str, Mapping[str, Row]]:
+        """Those of `rows` that every candidate was asked to answer."""
+        names = [each.name for each in self.candidates]
+        return {
+            sample: own
+            for sample, own in self.rows.items()
+            if all(name in own and own[name]["answer"] is not None for name in names)
+        }
 
     @property
     def metrics(self) -> list[Metric]:
@@ -148,10 +173,11 @@ def read_comparison(step: str, folder: Path, step_metrics: Mapping[str, float]) 
     figures = {name: dict(_figures(name, reference, values, draws)) for name in names}
     _mark_best(figures)
     candidates = [
-        Candidate(name, _role(name, reference), f"c{index}", figures[name])
+        Candidate(name, _role(name, reference), _colour(name, index), figures[name])
         for index, name in enumerate(names, start=0 if "base" in names else 1)
     ]
-    return Comparison(step, next(each for each in candidates if each.name == reference), candidates, rows)
+    tuned = next(each for each in candidates if each.name == reference)
+    return Comparison(step, tuned, candidates, rows, SCORES.get(summary.get("score", ""), ""))
 
 
 def _read_rows(path: Path) -> Iterator[Row]:
@@ -161,6 +187,11 @@ def _read_rows(path: Path) -> Iterator[Row]:
 
 def _role(name: str, reference: str) -> str:
     return "reference" if name == reference else "base" if name == "base" else "member"
+
+
+def _colour(name: str, index: int) -> str:
+    """Grey for the base, else one of the seven colours in turn."""
+    return "c0" if name == "base" else f"c{1 + (index - 1) % 7}"
 
 
 def _figures(
@@ -194,46 +225,57 @@ def _mark_best(figures: dict[str, dict[str, Figure]]) -> None:
 
 
 class _Draws:
-    """Bootstrap means of the rows' columns over the samples that every candidate answered."""
+    """Bootstrap means of the rows' columns over the samples that all candidates share."""
 
     def __init__(self, rows: Mapping[str, Mapping[str, Row]], names: Sequence[str]) -> None:
-        import numpy as np
-
-        shared = [own for own in rows.values() if all(name in own for name in names)]
-        self._rows = {name: [own[name] for own in shared] for name in names}
-        generator, count = np.random.default_rng(0), len(shared)
-        drawn = [np.bincount(generator.integers(0, count, count), minlength=count) for _ in range(DRAWS if count else 0)]
-        self._counts = np.array(drawn, dtype=np.float32)
-        """How often each draw (first axis) holds each sample (second axis)."""
-        self._known: dict[tuple[str, str], Any] = {}
+        self._shared = [own for own in rows.values() if all(name in own for name in names)]
+        self._names = names
+        self._means: dict[tuple[str, str], Any] = {}
+        self._counts: dict[int, Any] = {}
 
     def interval(self, name: str, metric: Metric) -> Range | None:
         """Return the 95 % interval of a candidate's figure, None where the rows do not give it."""
-        means = self._means(name, metric)
+        means = self._figure(name, metric)
         return None if means is None else _middle(means)
 
     def verdict(self, name: str, reference: str, metric: Metric) -> str:
         """Say whether the difference to the reference is real."""
-        own, other = self._means(name, metric), self._means(reference, metric)
+        own, other = self._figure(name, metric), self._figure(reference, metric)
         if own is None or other is None:
             return ""
         low, high = sorted(metric.better * end for end in _middle(own - other))
         return "better" if low > 0 else "worse" if high < 0 else "even"
 
-    def _means(self, name: str, metric: Metric) -> Any:
-        """Return the figure of each draw, shape (DRAWS,); None where a row lacks the column or samples are too few."""
+    def _figure(self, name: str, metric: Metric) -> Any:
+        """Return the figure of each draw, shape (DRAWS,), None where the rows do not give it."""
+        if (name, metric.name) not in self._means:
+            self._means[name, metric.name] = self._drawn(name, metric) if metric.column else None
+        return self._means[name, metric.name]
+
+    def _drawn(self, name: str, metric: Metric) -> Any:
         import numpy as np
 
-        if (name, metric.name) not in self._known:
-            column = [row.get(metric.column) for row in self._rows[name]]
-            means = None
-            if metric.column and len(column) > 1 and None not in column:
-                weights = np.array([row["tokens"] if metric.weighted else 1 for row in self._rows[name]], dtype=np.float32)
-                shares = self._counts @ (weights * np.array(column, dtype=np.float32)) / (self._counts @ weights)
-                means = np.exp(shares) if metric.exponential else shares
-                means = means if np.isfinite(means).all() else None
-            self._known[name, metric.name] = means
-        return self._known[name, metric.name]
+        column = metric.column
+        # Only some samples are answered, and a reference has no distance to itself.
+        measured = [each for each in self._names if any(own[each].get(column) is not None for own in self._shared)]
+        rows = [own[name] for own in self._shared if all(own[each].get(column) is not None for each in measured)]
+        if name not in measured or len(rows) < 2:
+            return None
+        values = np.array([row[column] for row in rows], dtype=np.float32)
+        weights = np.array([row["tokens"] if metric.weighted else 1 for row in rows], dtype=np.float32)
+        counts = self._counted(len(rows))
+        means = counts @ (weights * values) / (counts @ weights)
+        return np.exp(means) if metric.exponential else means
+
+    def _counted(self, samples: int) -> Any:
+        """Return how often each draw (first axis) holds each sample (second axis)."""
+        import numpy as np
+
+        if samples not in self._counts:
+            generator = np.random.default_rng(0)
+            picks = (generator.integers(0, samples, samples) for _ in range(DRAWS))
+            self._counts[samples] = np.array([np.bincount(each, minlength=samples) for each in picks], dtype=np.float32)
+        return self._counts[samples]
 
 
 def _middle(means: Any) -> Range:

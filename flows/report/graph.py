@@ -9,9 +9,9 @@ from flows.report.run import ReportStep
 from flows.report.svg import drawing, tag, text
 from flows.report.units import duration
 
-BOX = (158.0, 62.0)
+BOX = (150.0, 62.0)
 """Width and height of a step's box, pixels."""
-ACROSS, DOWN, MARGIN = 46.0, 16.0, 10.0
+ACROSS, DOWN, MARGIN = 42.0, 16.0, 6.0
 """Pixels between columns, between boxes of a column, and around the drawing."""
 TIMED = {"finished", "cached", "failed"}
 """Statuses of steps that took time."""
@@ -23,7 +23,9 @@ def graph_drawing(steps: Sequence[ReportStep]) -> Markup:
     width = 2 * MARGIN + layout.columns * (BOX[0] + ACROSS) - ACROSS
     label = "The steps of the run and what each takes from which: " + ", ".join(step.name for step in steps)
     boxes = [_box(step, layout) for step in steps]
-    return drawing(width, layout.height + 2 * MARGIN, label, _edges(layout), *boxes, class_="graph")
+    # A wide graph shrinks with the page to three quarters, then scrolls.
+    style = f"min-width: {0.75 * width:.0f}px"
+    return drawing(width, layout.height + 2 * MARGIN, label, _edges(layout), *boxes, class_="graph", style=style)
 
 
 def _left(column: int) -> float:
@@ -56,8 +58,8 @@ def _box(step: ReportStep, layout: Layout) -> Markup:
         tag("title", title),
         tag("rect", x=left, y=top, width=BOX[0], height=BOX[1], rx=9, class_="box"),
         tag("rect", x=left + 10, y=top + 11, width=4, height=BOX[1] - 22, rx=2, class_="mark"),
-        text(left + 23, top + 22, _cut(step.name, 18), "name"),
-        text(left + 23, top + 37, _cut(step.kind, 21), "kind"),
+        text(left + 23, top + 22, _cut(step.name, 16), "name"),
+        text(left + 23, top + 37, _cut(step.kind, 18), "kind"),
         text(left + 23, top + 52, _cut(took, 22), "took"),
         class_=f"step {step.status}",
     )

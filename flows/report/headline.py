@@ -4,11 +4,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flows.report.comparison import Candidate, Comparison
+from flows.report.comparison import Candidate, Comparison, Figure
 from flows.report.run import RunReport
-from flows.report.units import duration, factor, fixed, percent, size
+from flows.report.units import duration, fixed, percent
 
 WRONG = ("failed", "refused")
+TOLD = ("answer_score", "perplexity")
+"""Metrics of the sentence."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def tiles(run: RunReport, comparisons: Sequence[Comparison]) -> list[Tile]:
     found = []
     main = next((each for each in comparisons if each.base), next(iter(comparisons), None))
     if main:
-        for name in ("answer_score", "perplexity"):
+        for name in TOLD:
             if figure := main.reference.figures.get(name):
                 before = main.base.figures.get(name) if main.base else None
                 note = f"base {before.text}" if before else main.reference.name
@@ -67,39 +69,35 @@ def tiles(run: RunReport, comparisons: Sequence[Comparison]) -> list[Tile]:
 def _against_base(comparison: Comparison) -> str:
     """Say how the reference, the tuned model, stands against the base; nothing where there is none."""
     base, tuned = comparison.base, comparison.reference
-    if base is None:
+    shared = [name for name in TOLD if base and name in base.figures and name in tuned.figures]
+    if base is None or not shared:
         return ""
-    shared = [name for name in ("answer_score", "perplexity") if name in base.figures and name in tuned.figures]
-    if not shared:
-        return ""
-    # The verdicts are the base's against the tuned model: better there is worse here.
-    verdicts = {base.figures[name].verdict for name in shared}
-    if verdicts <= {"worse", ""} or verdicts == {"worse", "even"}:
-        claim = "beats base" if "worse" in verdicts or _all_ahead(base, tuned, shared) else "and base"
-    elif verdicts <= {"better", "even", ""}:
-        claim = "is worse than base" if "better" in verdicts else "is not clearly different from base"
-    else:
-        claim = "is better than base in one respect and worse in another"
-    return f"Tuned {claim}: " + ", ".join(_pair(base, tuned, name) for name in shared)
+    senses = {_sense(base.figures[name], tuned.figures[name]) for name in shared}
+    claims = {(True, False): "beats base", (False, True): "falls behind base", (True, True): "beats base in part only"}
+    claim = claims.get((1 in senses, -1 in senses), "is not clearly different from base")
+    pairs = [f"{_label(tuned, name)} {_short(tuned, name)} against {_short(base, name)}" for name in shared]
+    return f"Tuned {claim}: {', '.join(pairs)}"
 
 
-def _all_ahead(base: Candidate, tuned: Candidate, names: Sequence[str]) -> bool:
-    pairs = [(base.figures[name], tuned.figures[name]) for name in names]
-    return all(own.metric.better * (own.value - before.value) > 0 for before, own in pairs)
+def _sense(before: Figure, after: Figure) -> int:
+    """Return 1 where `after` is better, -1 where worse, 0 where the samples cannot tell.
 
-
-def _pair(base: Candidate, tuned: Candidate, name: str) -> str:
-    label = tuned.figures[name].metric.label.lower()
-    return f"{label} {_short(tuned, name)} against {_short(base, name)}"
+    The verdict of `before` is on its own difference to `after`; without one the values decide.
+    """
+    if before.verdict:
+        return {"worse": 1, "better": -1}.get(before.verdict, 0)
+    ahead = after.metric.better * (after.value - before.value)
+    return (ahead > 0) - (ahead < 0)
 
 
 def _plain(comparison: Comparison) -> str:
-    figures = comparison.reference.figures
-    told = [f"{figures[name].metric.label.lower()} {_short(comparison.reference, name)}" for name in _TOLD if name in figures]
-    return f"{comparison.reference.name}: {', '.join(told)}" if told else ""
+    own = comparison.reference
+    told = [f"{_label(own, name)} {_short(own, name)}" for name in TOLD if name in own.figures]
+    return f"{own.name}: {', '.join(told)}" if told else ""
 
 
-_TOLD = ("answer_score", "perplexity")
+def _label(candidate: Candidate, name: str) -> str:
+    return candidate.figures[name].metric.label.lower()
 
 
 def _short(candidate: Candidate, name: str) -> str:
@@ -110,16 +108,15 @@ def _short(candidate: Candidate, name: str) -> str:
 def _members(comparison: Comparison) -> str:
     """Say what the smallest member keeps of the reference."""
     reference, needed = comparison.reference.figures, ("size_bytes", "answer_score")
-    members = [each for each in comparison.candidates if each.role == "member" and all(name in each.figures for name in needed)]
+    members = [
+        each for each in comparison.candidates if each.role == "member" and all(name in each.figures for name in needed)
+    ]
     if not members or not all(name in reference for name in needed) or not reference["answer_score"].value:
         return ""
     smallest = min(members, key=lambda each: each.figures["size_bytes"].value)
     own = {name: smallest.figures[name] for name in needed}
     kept = own["answer_score"].value / reference["answer_score"].value
-    small = factor(own["size_bytes"].value / reference["size_bytes"].value - 1)
+    share = own["size_bytes"].value / reference["size_bytes"].value
     agreement = smallest.figures.get("top1_agreement")
-    agrees = f" and agrees on {percent(agreement.value)} of next tokens" if agreement else ""
-    return (
-        f"{smallest.name} keeps {percent(kept)} of the answer score at {small} the size "
-        f"({size(own['size_bytes'].value)}){agrees}."
-    )
+    agrees = f" and agrees with {comparison.reference.name} on {agreement.text} of next tokens" if agreement else ""
+    return f"{smallest.name} keeps {percent(kept)} of the answer score at {percent(share)} of the size{agrees}."

@@ -104,7 +104,9 @@ def _settle(
     for sweep in range(16):
         forward = sweep % 2 == 0
         for layer in layers if forward else reversed(layers):
-            wanted = {slot: _mean([centre[near] for near in _near(slot, links, forward)], centre[slot]) for slot in layer}
+            wanted = {
+                slot: _mean([centre[near] for near in _near(slot, links, forward)], centre[slot]) for slot in layer
+            }
             centre |= _spread(layer, wanted, half, gap)
     return centre
 

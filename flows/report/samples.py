@@ -44,8 +44,7 @@ def typical_samples(comparison: Comparison, count: int = SHOWN) -> list[Sample]:
 
     Only samples that every candidate answered; equal input gives an equal choice.
     """
-    names = [candidate.name for candidate in comparison.candidates]
-    complete = {key: own for key, own in comparison.rows.items() if all(name in own for name in names)}
+    complete = comparison.answered
     reference = comparison.reference.name
     ranked = sorted(complete, key=lambda key: (-complete[key][reference]["score"], key))
     count = min(count, len(ranked))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 Point = tuple[float, float]
-LETTER = 6.4
+LETTER = 7.0
 """Mean width in pixels of a letter at the charts' size of 12 pixels; labels are laid out by it."""
 
 
@@ -24,10 +24,12 @@ def tag(name: str, *children: str, **attributes: str | float) -> Markup:
     return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), written, inside)
 
 
-def drawing(width: float, height: float, label: str, *children: str, class_: str = "chart") -> Markup:
+def drawing(width: float, height: float, label: str, *children: str, class_: str = "chart", style: str = "") -> Markup:
     """Return an `<svg>` of that size in pixels; `label` is what a screen reader says."""
     view = f"0 0 {_short(width)} {_short(height)}"
-    attributes: dict[str, str | float] = {"viewBox": view, "width": width, "height": height}
+    attributes: dict[str, str | float] = {"viewBox": view, "width": width, "height": height} | (
+        {"style": style} if style else {}
+    )
     return tag("svg", *children, class_=class_, role="img", aria_label=label, **attributes)
 
 
@@ -73,7 +75,7 @@ class Scale:
         """Return round values within the scale: powers of ten, or steps of 1, 2 or 5 times one."""
         if self.log:
             return [10.0**power for power in range(round(math.log10(self.low)), round(math.log10(self.high)) + 1)]
-        step = _nice_step((self.high - self.low) / max(2, abs(self.end - self.start) / 60))
+        step = _nice_step((self.high - self.low) / max(3, abs(self.end - self.start) / 60))
         first = math.ceil(self.low / step - 1e-9)
         return [index * step for index in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
@@ -98,7 +100,7 @@ def horizontal_axis(scale: Scale, y: float, label: str, write: Callable[[float],
     """Return ticks and labels below `y`, grid lines up to `top`, and the axis's name at its right end."""
     parts = [line((scale(tick), y), (scale(tick), top), "grid") for tick in scale.ticks()]
     parts += [text(scale(tick), y + 17, write(tick), "tick", "middle") for tick in scale.ticks()]
-    parts.append(text(scale.end, y + 34, label, "axis", "end"))
+    parts += [text(scale.end, y + 34, label, "axis", "end")] if label else []
     return Markup("").join(parts)
 
 

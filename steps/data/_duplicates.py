@@ -32,7 +32,7 @@ def without_near(rows: Sequence[Conversation], threshold: float) -> tuple[list[C
 
     Source: Broder 1997, On the resemblance and containment of documents; Lee et al. 2022, arXiv:2107.06499.
     """
-    from rensa import RMinHashDeduplicator
+    from rensa import RMinHashDeduplicator  # pyright: ignore[reportAttributeAccessIssue]
 
     index = RMinHashDeduplicator(threshold, _PERMUTATIONS, True, bands(threshold))
     keep: list[bool] = index.add_pairs((str(number), shingles(row.text)) for number, row in enumerate(rows))

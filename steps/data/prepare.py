@@ -135,31 +135,34 @@ def _measured(
     limit = config.limit or len(order)
     kept: list[Measured] = []
     too_long = 0
-    for start in range(0, len(order), _BATCH):
-        batch = order[start : start + _BATCH]
-        for row, length in zip(batch, _lengths(batch, tokenizer), strict=True):
-            if len(kept) == limit:
-                break
-            if config.max_tokens is not None and length > config.max_tokens:
-                too_long += 1
-            else:
-                kept.append(Measured(row, length))
+    for one in _lengths(order, tokenizer):
+        if config.max_tokens is not None and one.length > config.max_tokens:
+            too_long += 1
+            continue
+        kept.append(one)
+        if len(kept) == limit:
+            break
     return sorted(kept, key=lambda one: one.row.id), too_long
 
 
-def _lengths(rows: Sequence[Conversation], tokenizer: "PreTrainedTokenizerFast | None") -> list[int]:
+def _lengths(rows: Sequence[Conversation], tokenizer: "PreTrainedTokenizerFast | None") -> Iterator[Measured]:
+    """Measure rows in their order, a batch at a time and only as far as they are asked for."""
     if tokenizer is None:
-        return [len(row.text.split(" ")) for row in rows]
+        yield from (Measured(row, len(row.text.split(" "))) for row in rows)
+        return
+    for start in range(0, len(rows), _BATCH):
+        batch = rows[start : start + _BATCH]
+        ids = tokenizer([_templated(row, tokenizer) for row in batch], add_special_tokens=False)["input_ids"]
+        yield from (Measured(row, len(one)) for row, one in zip(batch, ids, strict=True))  # pyright: ignore[reportArgumentType]
+
+
+def _templated(row: Conversation, tokenizer: "PreTrainedTokenizerFast") -> str:
     from steps.lm.chat import render
 
-    texts = []
-    for row in rows:
-        try:
-            texts.append(render(tokenizer, row.as_messages()))
-        except UserError as error:
-            raise UserError(f"{row.where}: {error}") from error
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [len(one) for one in ids]  # pyright: ignore[reportArgumentType]
+    try:
+        return render(tokenizer, row.as_messages())
+    except UserError as error:
+        raise UserError(f"{row.where}: {error}") from error
 
 
 def _check_sides(config: PrepareData, sides: dict[str, list[Measured]], counts: dict[str, int]) -> None:

@@ -17,7 +17,6 @@ from steps.lm.checkpoint import Dtype, load_model, load_tokenizer
 from steps.lm.llama_cpp import GgufModel
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 Floats = NDArray[np.float32]

@@ -71,5 +71,7 @@ def choose_samples(
             expected = answer["content"]
             samples.append(Sample(row["id"], prompt, expected, talk.text, talk.ids, start, min(end, max_tokens)))
     if not samples:
-        raise UserError(f"evaluate.compare: no row of `data` has a prompt under {max_tokens} tokens; raise `max_tokens`")
+        raise UserError(
+            f"evaluate.compare: no row of `data` has a prompt under {max_tokens} tokens; raise `max_tokens`"
+        )
     return samples

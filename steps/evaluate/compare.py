@@ -30,8 +30,8 @@ class Compare(StepConfig):
     candidates: list[Input[Model | Quantized]]
     data: Input[Dataset]
     """Held-out conversations."""
-    reference_name: str = NamesOf("reference")
-    names: tuple[str, ...] = NamesOf("candidates")
+    reference_name: str | None = NamesOf("reference")
+    names: tuple[str, ...] | None = NamesOf("candidates")
     """Names of the candidates in the report, in their order."""
     rows: int = Field(default=32, ge=1)
     """Rows scored, chosen by the hash of their id."""

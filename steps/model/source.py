@@ -1,6 +1,5 @@
 """`model.source`: bring a model from outside, by URI, as a Model artifact."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from steps.frame import Job, Resources, Source, StepConfig, UserError, step
 from steps.lm.checkpoint import Dtype, model_facts
 from steps.model._gguf import dequantize
 from steps.sources import fetch_model
-from steps.sources.checkpoint import checkpoint_files
+from steps.sources.checkpoint import checkpoint_in
 
 
 class ModelSource(StepConfig):
@@ -51,11 +50,11 @@ def model_source(config: ModelSource, job: Job) -> Draft:
 
 def _take_checkpoint(folder: Path, out: Path, *, downloaded: bool) -> None:
     """Link what was downloaded; copy a user's own files, which may change under the artifact."""
-    for name in checkpoint_files(os.listdir(folder), str(folder)):
+    for path in checkpoint_in(folder):
         if downloaded:
-            link_or_copy(folder / name, out / name)
+            link_or_copy(path, out / path.name)
         else:
-            shutil.copyfile(folder / name, out / name)
+            shutil.copyfile(path, out / path.name)
 
 
 def _link_artifact(uri: str, path: Path, out: Path) -> str | None:

@@ -1,0 +1,1 @@
+"""Step kinds that bundle models for hand-out."""

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     import httpx
 
 _ATTEMPTS = 4
-_CHUNK = 1 << 20
 
 
 def cached(place: Path, make: Callable[[Path], None]) -> Path:
@@ -77,7 +76,7 @@ def _receive(client: "httpx.Client", url: str, partial: Path) -> None:
         response.raise_for_status()
         goes_on = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         with partial.open("ab" if goes_on else "wb") as stream:
-            for chunk in response.iter_bytes(_CHUNK):
+            for chunk in response.iter_bytes():
                 stream.write(chunk)
 
 

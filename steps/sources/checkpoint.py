@@ -1,6 +1,7 @@
 """Which files of a model repository are the checkpoint: weights in safetensors, JSON, templates, the tokenizer."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from steps.frame.errors import UserError
 
@@ -34,3 +35,13 @@ def checkpoint_files(names: Iterable[str], label: str) -> list[str]:
     # Some repositories hold the same weights again in their makers' own layout (`consolidated.safetensors`).
     weights = [name for name in weights if name.startswith("model")] or weights
     return sorted([*weights, *(name for name in top if name.endswith(_TEXTS) or name in _TOKENIZERS)])
+
+
+def checkpoint_in(folder: Path) -> list[Path]:
+    """Return the files of a directory that make a checkpoint, sorted.
+
+    Raises:
+        UserError: as `checkpoint_files`.
+    """
+    names = checkpoint_files((member.name for member in folder.iterdir() if member.is_file()), str(folder))
+    return [folder / name for name in names]

@@ -7,7 +7,7 @@ from urllib.parse import unquote
 from steps.artifacts import digest_file
 from steps.artifacts.tree import tree_sha256
 from steps.frame.errors import UserError
-from steps.sources.checkpoint import checkpoint_files
+from steps.sources.checkpoint import checkpoint_in
 
 _WILDCARDS = "*?["
 
@@ -15,7 +15,7 @@ _WILDCARDS = "*?["
 def fingerprint(uri: str, root: Path) -> str:
     """Return the sha256 over the files and their names below the deepest directory that holds them all."""
     found = _find(uri, root)
-    files = [file for path in found for file in ([path] if path.is_file() else _checkpoint(path))]
+    files = [file for path in found for file in ([path] if path.is_file() else checkpoint_in(path))]
     base = Path(os.path.commonpath(file.parent for file in files))
     return f"sha256:{tree_sha256({file.relative_to(base).as_posix(): digest_file(file) for file in files})}"
 
@@ -24,7 +24,7 @@ def check(uri: str, root: Path, cache: Path) -> None:
     """Refuse a path where nothing is, and a directory that is not a checkpoint; nothing of it is cached."""
     for path in _find(uri, root):
         if path.is_dir():
-            _checkpoint(path)
+            checkpoint_in(path)
 
 
 def fetch_model(uri: str, cache: Path, root: Path) -> Path:
@@ -60,9 +60,3 @@ def _find(uri: str, root: Path) -> list[Path]:
             return found
         raise UserError(f"{uri}: no file matches in {root}")
     raise UserError(f"{uri}: no such file or directory in {root}")
-
-
-def _checkpoint(folder: Path) -> list[Path]:
-    """Return the files of a directory that make a checkpoint."""
-    names = checkpoint_files((member.name for member in folder.iterdir()), str(folder))
-    return [folder / name for name in names]

@@ -175,7 +175,8 @@ def _decorators(node: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
 
 
 def _shortened(signature: str) -> str:
-    """Cut a long parameter list after the last one that fits."""
+    """Put a parameter list on one line and cut it after the last parameter that fits."""
+    signature = " ".join(signature.split())
     if len(signature) <= _LONGEST_SIGNATURE:
         return signature
     return signature[: _LONGEST_SIGNATURE - 5].rpartition(",")[0] + ", ...)"

@@ -1,0 +1,70 @@
+"""`posttrain run`: plan, show, and run under a Prefect server of our own where none is up."""
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from rich.console import Console
+
+from flows.cli.tables import duration, plan_table
+from flows.ending import Ending
+from flows.execution import Execution
+from flows.prepare import prepare
+from flows.publication import is_current
+from flows.terminal import Board
+from registry.home import Home
+
+
+def run_recipe(recipe: str, overrides: Sequence[str], *, publish: bool, console: Console) -> Ending:
+    """Run a recipe to its end and show it.
+
+    Where every step is cached and the publication is current there is nothing for Prefect or MLflow to do, so
+    neither is started.
+
+    Raises:
+        UserError: the recipe is wrong, or a step cannot run here.
+    """
+    home = Home.from_environment()
+    execution = prepare(recipe, overrides, home=home)
+    if not execution.plan.todo and (not publish or is_current(execution)):
+        for name in execution.plan.steps:
+            execution.run(name)
+        console.print(plan_table(execution.plan))
+        ending = Ending.of(execution, is_current(execution).sentence if publish else "")
+        console.print(f"{ending.sentence} Nothing to do.", highlight=False)
+        return ending
+    names = list(execution.plan.steps)
+    board = Board(names, {name: step.node.kind.name for name, step in execution.plan.steps.items()}, console)
+    execution.on_progress = board.progress
+    with ExitStack() as stack:
+        ending = _under_prefect(execution, board, stack, recipe, overrides, publish)
+    console.print(board.render())
+    console.print(f"{ending.sentence} ({duration(ending.seconds)})", highlight=False)
+    if ending.report:
+        console.print(f"Report: {ending.report}", highlight=False)
+    return ending
+
+
+def _under_prefect(
+    execution: Execution, board: Board, stack: ExitStack, recipe: str, overrides: Sequence[str], publish: bool
+) -> Ending:
+    from flows.servers import prefect_api
+
+    home = execution.home
+    _, ready = stack.enter_context(prefect_api(home))
+    # Imports and migrations take seconds: they overlap with the server's start.
+    execution.warm_up()
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    from flows.lifecycle import board as shown
+    from flows.lifecycle import lifecycle, prepared
+
+    ready.wait()
+    prepared.set(execution)
+    shown.set(board)
+    with board.live():
+        state = lifecycle(recipe=recipe, overrides=list(overrides), publish=publish, return_state=True)
+    if execution.ending is None:
+        # What broke is no step's failure but our own: show it as the exception it is.
+        state.result(raise_on_failure=True)
+        raise RuntimeError(f"the flow ended as {state.name} without an ending: {state.message}")
+    return execution.ending

@@ -1,0 +1,72 @@
+"""How an execution ended: for the terminal, for scripts, and for Prefect."""
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from flows.execution import Execution, StepState
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The outcome of every step, and of the publication."""
+
+    recipe: str
+    states: dict[str, StepState]
+    seconds: float
+    publication: str = ""
+    """One sentence on family, release and gates; empty where nothing was published."""
+    report: Path | None = None
+    headline: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, execution: Execution, publication: str = "", report: Path | None = None) -> "Ending":
+        """Sum up an execution."""
+        seconds = (datetime.now(UTC) - execution.began).total_seconds()
+        return cls(execution.plan.graph.loaded.recipe.name, execution.states, seconds, publication, report)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every step is finished or cached."""
+        return all(state.outcome in ("finished", "cached") for state in self.states.values())
+
+    @property
+    def exit_code(self) -> int:
+        """0 where all went well, 2 where input was refused, else 1."""
+        outcomes = {state.outcome for state in self.states.values()}
+        return 0 if self.ok else 2 if "refused" in outcomes and "failed" not in outcomes else 1
+
+    @property
+    def sentence(self) -> str:
+        """Say it in a sentence or two."""
+        counts = {}
+        for state in self.states.values():
+            counts[state.outcome] = counts.get(state.outcome, 0) + 1
+        done = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
+        wrong = [state for state in self.states.values() if state.outcome in ("failed", "refused")]
+        why = "".join(f" `{state.planned.name}` {state.outcome}: {state.message}." for state in wrong)
+        return f"{self.recipe}: {done}.{why} {self.publication}".strip()
+
+    def summary(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return {
+            "recipe": self.recipe,
+            "ok": self.ok,
+            "seconds": round(self.seconds, 1),
+            "publication": self.publication,
+            "report": str(self.report) if self.report else None,
+            "steps": {name: _step(state) for name, state in self.states.items()},
+        }
+
+
+def _step(state: StepState) -> dict[str, Any]:
+    entry = state.entry
+    return {
+        "outcome": state.outcome,
+        "seconds": round(state.seconds, 2),
+        "message": state.message,
+        "key": state.planned.key,
+        "outputs": dict(entry.outputs) if entry else {},
+        "run_id": entry.run_id if entry else None,
+    }

@@ -1,0 +1,73 @@
+"""The end of an execution: publication, report, and what MLflow and Prefect show of it."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+from flows.ending import Ending
+from flows.execution import Execution, StepState, versions
+from flows.publication import Publication, publish_release
+from flows.report import ReportStep, RunReport, comparison_png, prefect_table, write_report
+from steps.frame.spec import METRICS_NAME
+
+
+def finish(execution: Execution, *, publish: bool) -> Ending:
+    """Publish where all steps are done, write the report, end the record."""
+    done = Ending.of(execution)
+    publication = publish_release(execution) if done.ok and publish else Publication("")
+    report = report_of(execution, publication.sentence)
+    page = write_report(report, report_path(execution))
+    record = execution.record
+    record.log_file(page)
+    record.log_table("steps", prefect_table(report))
+    if picture := comparison_png(report):
+        image = page.with_name("comparison.png")
+        image.write_bytes(picture)
+        record.log_file(image)
+    execution.close(ok=done.ok)
+    execution.ending = Ending.of(execution, publication.sentence, page)
+    return execution.ending
+
+
+def report_path(execution: Execution) -> Path:
+    """Return where the report of a recipe's latest run lies."""
+    return execution.home.root / "reports" / execution.plan.graph.loaded.recipe.name / "report.html"
+
+
+def report_of(execution: Execution, publication: str) -> RunReport:
+    """Gather what the report shows."""
+    loaded = execution.plan.graph.loaded
+    comparisons = {
+        name: execution.home.store.path(state.entry.outputs[""])
+        for name, state in execution.states.items()
+        if state.entry and state.planned.node.kind.name == "evaluate.compare"
+    }
+    return RunReport(
+        recipe=loaded.recipe.name,
+        description=loaded.recipe.description,
+        yaml=loaded.yaml,
+        began=execution.began,
+        seconds=(datetime.now(UTC) - execution.began).total_seconds(),
+        steps=[_step(execution, state) for state in execution.states.values()],
+        comparisons=comparisons,
+        publication=publication,
+        versions=versions(),
+    )
+
+
+def _step(execution: Execution, state: StepState) -> ReportStep:
+    node, entry = state.planned.node, state.entry
+    # The curve of a cached step lies in its own work directory as long as that is kept.
+    metrics_file = execution.home.work(state.planned.key) / METRICS_NAME
+    return ReportStep(
+        name=node.name,
+        kind=node.kind.name,
+        status=state.outcome,
+        seconds=entry.seconds if entry else state.seconds,
+        peak_memory=entry.peak_memory if entry else 0,
+        parents=tuple(node.parents),
+        outputs=dict(entry.outputs) if entry else {},
+        output_kinds={name: kind.kind for name, kind in node.outputs.items()},
+        metrics=dict(entry.metrics) if entry else {},
+        metrics_file=metrics_file if metrics_file.is_file() else None,
+        message=state.message,
+    )

@@ -1,0 +1,66 @@
+"""From a recipe's name to a plan and an execution."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from flows.execution import Execution, OnProgress, clean
+from flows.graph import build_graph
+from flows.opponent import with_opponent
+from flows.plan import Plan, make_plan
+from flows.recipe import load_recipe
+from registry.home import Home, silence_telemetry
+from steps.frame import UserError
+from steps.frame.errors import did_you_mean
+
+RECIPES = Path("recipes")
+
+
+def recipe_path(recipe: str) -> Path:
+    """Return the file of a recipe that is given by path, or by its name in `recipes/`.
+
+    Raises:
+        UserError: there is no such recipe.
+    """
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file{did_you_mean(path.stem, recipe_names())}")
+        return path
+    if recipe not in recipe_names():
+        raise UserError(f"{RECIPES / recipe}.yaml: no such recipe{did_you_mean(recipe, recipe_names())}")
+    return RECIPES / f"{recipe}.yaml"
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes in `recipes/`."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def plan_recipe(recipe: str, overrides: Sequence[str], *, thorough: bool, home: Home | None = None) -> Plan:
+    """Load, check and plan a recipe; relative paths in it refer to the working directory.
+
+    Raises:
+        UserError: anything wrong with it, in one sentence.
+    """
+    silence_telemetry()
+    home = home or Home.from_environment()
+    graph = build_graph(load_recipe(recipe_path(recipe), overrides))
+    return make_plan(with_opponent(graph, home, Path.cwd()), home, Path.cwd(), thorough=thorough)
+
+
+def prepare(
+    recipe: str, overrides: Sequence[str], *, home: Home | None = None, on_progress: OnProgress | None = None
+) -> Execution:
+    """Plan a recipe for a run: every byte of what is cached has been checked.
+
+    Raises:
+        UserError: the recipe is wrong, or a step cannot run here.
+    """
+    home = home or Home.from_environment()
+    clean(home)
+    plan = plan_recipe(recipe, overrides, thorough=True, home=home)
+    if plan.blocked:
+        step = plan.blocked[0]
+        raise UserError(f"step `{step.name}` cannot run: {step.reason}")
+    return Execution(plan, home, os.cpu_count() or 1, on_progress)

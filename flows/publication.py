@@ -1,0 +1,83 @@
+"""The publication: a recipe's members registered as one release, promoted where its gates hold."""
+
+from dataclasses import dataclass
+
+from flows.execution import Execution
+from flows.opponent import CHAMPION
+from registry.family import load, publish, release_id
+from registry.gates import Evidence, GateDecision, decide
+from registry.home import Home
+from registry.index import Entry, Index
+from registry.members import Release
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What became of a recipe's `publish:`."""
+
+    sentence: str
+    release: Release | None = None
+    """None where the recipe publishes nothing, or the release is not there yet."""
+
+    def __bool__(self) -> bool:
+        return self.release is not None
+
+
+def is_current(execution: Execution) -> Publication:
+    """Say whether these very members are published already, without opening MLflow in embedded mode."""
+    wanted = execution.plan.graph.loaded.recipe.publish
+    if wanted is None:
+        return Publication("The recipe publishes nothing.")
+    members = [step.entry for step in execution.plan.steps.values() if step.entry]
+    if len(members) < len(execution.plan.steps) or not _is_known(execution.home, wanted.family):
+        return Publication("")
+    release = release_id([digest for _, digest, _ in _members(execution, {e.step: e for e in members})])
+    family = load(execution.home, wanted.family)
+    found = next((each for each in family.releases if each.id == release and each.decision), None)
+    return Publication(_sentence(found), found) if found else Publication("")
+
+
+def publish_release(execution: Execution) -> Publication:
+    """Judge the gates and register the release; idempotent, and completed by the next run where it was killed."""
+    wanted = execution.plan.graph.loaded.recipe.publish
+    if wanted is None:
+        return Publication("")
+    entries = {name: state.entry for name, state in execution.states.items() if state.entry}
+    members = _members(execution, entries)
+    decision, reports = judge(execution, entries)
+    release = publish(execution.record, wanted.family, members, decision, reports)
+    return Publication(_sentence(release), release)
+
+
+def judge(
+    execution: Execution, entries: dict[str, Entry]
+) -> tuple[GateDecision, dict[str, tuple[str, Entry]]]:  # fmt: skip
+    """Judge the recipe's gates; return the decision and the reports it rests on."""
+    graph = execution.plan.graph
+    wanted = graph.loaded.recipe.publish
+    assert wanted is not None
+    store = execution.home.store
+    reports = {step: (entries[step].outputs[""], entries[step]) for step in sorted({gate.step for gate in wanted.gates})}
+    evidence = {step: Evidence.of(store.open(digest)) for step, (digest, _) in reports.items()}
+    names = [node.name for member in wanted.members for node in graph.members(member)]
+    has_opponent = CHAMPION in graph.nodes
+    champion = evidence if has_opponent else None
+    return decide(wanted.gates, names, evidence, champion, {names[0]: CHAMPION}), reports
+
+
+def _members(execution: Execution, entries: dict[str, Entry]) -> list[tuple[str, str, Entry]]:
+    graph = execution.plan.graph
+    wanted = graph.loaded.recipe.publish
+    assert wanted is not None
+    nodes = [node for member in wanted.members for node in graph.members(member)]
+    return [(node.name, entries[node.name].outputs[""], entries[node.name]) for node in nodes]
+
+
+def _is_known(home: Home, family: str) -> bool:
+    return not home.embedded or family in Index(home.index).families()
+
+
+def _sentence(release: Release) -> str:
+    aliases = ", ".join(release.aliases) or "no alias"
+    said = f" {release.decision.sentence}" if release.decision else ""
+    return f"Family {release.family}, version {release.version} ({aliases}), {len(release.members)} members.{said}"

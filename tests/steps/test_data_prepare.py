@@ -1,0 +1,205 @@
+"""data.prepare: one form, no duplicates, a split that never moves, and refusals that name the row."""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steps.data._duplicates import bands, shingles
+from steps.lm.checkpoint import load_tokenizer
+from steps.lm.rows import read_jsonl
+
+Write = Callable[[str, str], Path]
+Row = Mapping[str, Any]
+
+WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "omicron")
+
+
+def sentence(number: int, length: int = 24) -> str:
+    """A text that shares next to no word triple with that of another number."""
+    return " ".join(f"{WORDS[(number * 7 + place * (number % 5 + 1)) % len(WORDS)]}{number}" for place in range(length))
+
+
+def pairs(count: int) -> list[Row]:
+    return [{"question": f"What is {sentence(number, 4)}?", "answer": sentence(number)} for number in range(count)]
+
+
+@pytest.fixture
+def jsonl(write: Write) -> Callable[[Sequence[Row]], str]:
+    return lambda rows: str(write("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows)))
+
+
+def prepared(bench: Any, source: str | list[str], **config: Any) -> tuple[list[Row], list[Row]]:
+    """Run the step; return the rows of both sides."""
+    inputs = {"model": config.pop("model")} if "model" in config else None
+    sides = bench.run("data.prepare", inputs, source=source, **config)
+    return list(read_jsonl(sides["train"].rows_file)), list(read_jsonl(sides["eval"].rows_file))
+
+
+def refusal(bench: Any, source: str | list[str], **config: Any) -> str:
+    inputs = {"model": config.pop("model")} if "model" in config else None
+    result = bench.attempt("data.prepare", inputs, source=source, **config)
+    assert result.status == "refused", result
+    assert "\n" not in result.message
+    return result.message
+
+
+def test_known_layouts_become_the_same_messages(bench: Any, write: Write) -> None:
+    messages = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "1"}]
+    layouts: list[tuple[Row, dict[str, Any]]] = [
+        ({"messages": messages}, {}),
+        ({"messages": [*messages, {"role": "user", "content": "thanks"}]}, {}),
+        ({"prompt": "one?", "completion": "1"}, {}),
+        ({"question": "one?", "answer": "1", "id": 7}, {}),
+        ({"instruction": "one?", "output": "1", "input": ""}, {}),
+        ({"q": "one?", "a": "1"}, {"columns": {"user": "q", "assistant": "a"}}),
+        ({"turns": messages}, {"columns": {"messages": "turns"}}),
+    ]
+    for number, (row, config) in enumerate(layouts):
+        source = str(write(f"{number}.jsonl", json.dumps(row)))
+        train, _ = prepared(bench, source, eval_fraction=0, **config)
+        assert [one["messages"] for one in train] == [messages], row
+        assert train[0]["source"] == source
+
+
+def test_system_messages_and_inputs_are_kept(bench: Any, jsonl: Any) -> None:
+    source = jsonl([
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"instruction": "Say it.", "output": "it", "system": "Own."},
+    ])  # fmt: skip
+    train, _ = prepared(bench, source, eval_fraction=0, system="Shared.")
+    texts = sorted([message["content"] for message in row["messages"]] for row in train)
+    assert texts == [["Own.", "Say it.", "it"], ["Shared.", "Add.\n\n1 2", "3"]]
+
+
+def test_duplicates_go_and_the_first_stays(bench: Any, jsonl: Any) -> None:
+    rows = pairs(40)
+    exact = {"question": rows[0]["question"].upper(), "answer": f"  {rows[0]['answer']}\n"}
+    near = {**rows[1], "answer": rows[1]["answer"] + " indeed"}
+    source = jsonl([*rows, exact, near])
+    sides = bench.run("data.prepare", source=source, eval_fraction=0.2)
+    statistics = sides["train"].facts.statistics
+    assert statistics["rows_read"] == 42
+    assert statistics["exact_duplicates"] == 1
+    assert statistics["near_duplicates"] == 1
+    kept = [row for side in sides.values() for row in read_jsonl(side.rows_file)]
+    assert {row["messages"][1]["content"] for row in kept} == {row["answer"] for row in rows}
+    kept_near = bench.run("data.prepare", source=source, eval_fraction=0.2, near_dedup=None)
+    assert sum(side.facts.rows for side in kept_near.values()) == 41
+
+
+def test_near_duplicates_at_the_threshold_are_compared() -> None:
+    for threshold in (0.5, 0.7, 0.8, 0.9):
+        count = bands(threshold)
+        missed = (1 - threshold ** (128 // count)) ** count
+        assert missed <= 0.01 and (count == 1 or (1 - threshold ** (256 // count)) ** (count // 2) > 0.01)
+    assert shingles("a b c d") == ["a b c", "b c d"]
+    assert shingles("a b") == ["a b"]
+
+
+def test_the_split_never_moves_a_row(bench: Any, write: Write) -> None:
+    def lines(rows: Sequence[Row]) -> str:
+        return "".join(json.dumps(row) + "\n" for row in rows)
+
+    few = prepared(bench, str(write("few.jsonl", lines(pairs(200)[::-1]))), eval_fraction=0.2)
+    many = prepared(bench, str(write("many.jsonl", lines(pairs(400)))), eval_fraction=0.2)
+    few_ids, many_ids = ([{row["id"] for row in side} for side in sides] for sides in (few, many))
+    assert few_ids[0] < many_ids[0] and few_ids[1] < many_ids[1]
+    assert 20 <= len(few_ids[1]) <= 60 and not few_ids[0] & few_ids[1]
+    assert [row["id"] for row in many[0]] == sorted(many_ids[0])
+    other_seed = prepared(bench, str(write("few.jsonl", lines(pairs(200)))), eval_fraction=0.2, seed=1)
+    assert {row["id"] for row in other_seed[1]} != few_ids[1]
+
+
+def test_limit_is_a_stable_sample(bench: Any, jsonl: Any) -> None:
+    source = jsonl(pairs(200))
+    whole, ten, twenty = (
+        {row["id"] for side in prepared(bench, source, eval_fraction=0.3, limit=limit) for row in side}
+        for limit in (None, 10, 20)
+    )
+    assert len(ten) == 10 and len(twenty) == 20 and ten < twenty < whole
+
+
+def test_lengths_are_those_of_the_template(bench: Any, pico: Any, jsonl: Any) -> None:
+    rows = pairs(60)
+    source = jsonl([*rows, {"question": "long?", "answer": " ".join(sentence(number) for number in range(60, 75))}])
+    sides = bench.run("data.prepare", {"model": pico}, source=source, eval_fraction=0.1, max_tokens=600)
+    train = sides["train"]
+    assert train.facts.template_sha256 == pico.facts.template_sha256
+    assert train.manifest.parents["model"].digest == pico.digest
+    assert train.facts.statistics["too_long"] == 1
+    tokenizer = load_tokenizer(pico.path)
+    lengths = sorted(
+        len(tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False))
+        for row in read_jsonl(train.rows_file)
+    )
+    assert train.facts.statistics["tokens_max"] == lengths[-1]
+    assert train.facts.statistics["tokens_total"] == sum(lengths)
+    assert bench.last.metrics["train"] == len(lengths)
+    assert bench.last.metrics["tokens_p95"] > 0
+    plots = bench.root / "work" / train.manifest.key[:16] / "plots"
+    assert (plots / "tokens_per_row.png").stat().st_size > 5000
+
+
+def test_the_order_of_the_source_does_not_show(bench: Any, jsonl: Any) -> None:
+    forth, back = (
+        bench.run("data.prepare", source=jsonl(rows), seed=len(rows)) for rows in (pairs(50), pairs(50)[::-1])
+    )
+    assert forth["train"].manifest.files == back["train"].manifest.files
+    assert forth["eval"].manifest.files == back["eval"].manifest.files
+
+
+def test_several_sources_are_read_in_order(bench: Any, write: Write) -> None:
+    first = write("a.jsonl", json.dumps({"question": "one?", "answer": "1"}))
+    second = write("b.csv", "question,answer\nONE?,1\ntwo?,2\n")
+    train, _ = prepared(bench, [str(first), str(second)], eval_fraction=0)
+    assert {row["messages"][0]["content"]: row["source"] for row in train} == {"one?": str(first), "two?": str(second)}
+
+
+def test_the_built_in_documentation(bench: Any, pico: Any) -> None:
+    sides = bench.run("data.prepare", {"model": pico}, source="python-stdlib-docs", limit=600, max_tokens=300, seed=17)
+    assert sides["train"].facts.rows + sides["eval"].facts.rows == 600
+    assert sides["train"].facts.statistics["rows_read"] > 3000
+    assert sides["eval"].facts.rows >= 10
+
+
+USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
+GOOD: Row = {"messages": [USER, ASSISTANT]}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"messages": [USER]}, "rows.jsonl line 2: the row has no assistant turn"),
+        ({"messages": []}, "rows.jsonl line 2: the row has no assistant turn"),
+        ({"messages": [ASSISTANT]}, "rows.jsonl line 2: the assistant speaks before any user"),
+        ({"messages": [{"role": "usr", "content": "x"}]}, "message 1 has the role `usr`; did you mean `user`?"),
+        ({"messages": [USER, {"role": "assistant", "content": " "}]}, "message 2, the assistant turn, is empty"),
+        ({"messages": [USER, {"role": "assistant", "content": 3}]}, "message 2 must be text, not int"),
+        ({"messages": "hi"}, "`messages` must be a list of objects"),
+        ({"question": "x", "anwser": "y"}, "no known layout in the columns `question`, `anwser`"),
+        ({"question": "x", "answer": ""}, "column `answer`, the assistant turn, is empty"),
+    ],
+)
+def test_a_bad_row_is_named(bench: Any, jsonl: Any, bad: Row, message: str) -> None:
+    assert message in refusal(bench, jsonl([GOOD, bad]))
+
+
+def test_bad_input_is_refused_with_the_file(bench: Any, write: Write, tmp_path: Path) -> None:
+    assert "rows.jsonl line 2: not valid JSON" in refusal(bench, str(write("rows.jsonl", f"{json.dumps(GOOD)}\n{{")))
+    assert "empty.jsonl: no rows are left of the 0 read" in refusal(bench, str(write("empty.jsonl", "")))
+    assert "no such file" in refusal(bench, str(tmp_path / "absent.jsonl"))
+    good = str(write("good.jsonl", json.dumps(GOOD)))
+    assert "raise `eval_fraction`" in refusal(bench, good, eval_fraction=1e-9)
+    assert "`max_tokens` needs a `model`" in refusal(bench, good, max_tokens=10)
+    columns = {"user": "questoin", "assistant": "answer"}
+    source = str(write("renamed.jsonl", '{"question": "x", "answer": "y"}'))
+    assert "no column `questoin`; did you mean `question`?" in refusal(bench, source, columns=columns)
+
+
+def test_all_rows_too_long_is_said(bench: Any, pico: Any, jsonl: Any) -> None:
+    message = refusal(bench, jsonl(pairs(3)), model=pico, max_tokens=5)
+    assert re.search(r"no rows are left of the 3 read; all 3 are longer than max_tokens: 5", message)
