@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from flows.plan import Plan, PlannedStep
@@ -26,7 +25,18 @@ if TYPE_CHECKING:
 Outcome = Literal["finished", "cached", "refused", "failed", "skipped"]
 OnProgress = Callable[[str, Mapping[str, Any]], None]
 
-_SHAPING = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "gptqmodel", "llama-cpp-python", "mlflow", "prefect")
+_SHAPING = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "gptqmodel",
+    "llama-cpp-python",
+    "mlflow",
+    "prefect",
+)
 
 
 @dataclass

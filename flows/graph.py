@@ -28,7 +28,7 @@ class Node:
     config: StepConfig
     edges: Mapping[str, tuple[Ref, ...]] = field(default_factory=dict)
     """References by input field, resolved to existing nodes."""
-    resources: Resources = Resources()
+    resources: Resources = field(default_factory=Resources)
 
     @property
     def outputs(self) -> dict[str, type[Artifact[Any]]]:
@@ -85,7 +85,9 @@ def _draft_nodes(loaded: LoadedRecipe) -> dict[str, Node]:
     entries: dict[str, StepEntry] = {}
     base = loaded.recipe.base
     if base is not None:
-        entries[BASE] = StepEntry.model_validate({"uses": "model.source", "uri": base}) if isinstance(base, str) else base
+        entries[BASE] = (
+            StepEntry.model_validate({"uses": "model.source", "uri": base}) if isinstance(base, str) else base
+        )
     entries.update(loaded.recipe.steps)
     nodes: dict[str, Node] = {}
     for family, entry in entries.items():

@@ -8,7 +8,8 @@ from typing import Any
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.futures import PrefectFuture, wait
-from prefect.states import Completed, Failed, State
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.execution import Execution, StepState
@@ -73,7 +74,9 @@ def _step_task(execution: Execution, name: str) -> Any:
         return _as_prefect(state)
 
     kind = execution.plan.steps[name].node.kind
-    return task(name=name, task_run_name=name, description=kind.summary, tags=[kind.name], persist_result=False)(run_step)
+    return task(name=name, task_run_name=name, description=kind.summary, tags=[kind.name], persist_result=False)(
+        run_step
+    )
 
 
 def _as_prefect(state: StepState) -> State:

@@ -10,7 +10,6 @@ from registry.errors import RegistryError
 from registry.family import resolve
 from registry.home import Home
 from registry.index import Entry, Index
-from steps.artifacts import Store
 from steps.frame import UserError
 from steps.frame.config import sources_of
 from steps.frame.keys import step_key

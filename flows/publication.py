@@ -9,6 +9,7 @@ from registry.gates import Evidence, GateDecision, decide
 from registry.home import Home
 from registry.index import Entry, Index
 from registry.members import Release
+from steps.artifacts import Report
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,10 @@ def judge(
     wanted = graph.loaded.recipe.publish
     assert wanted is not None
     store = execution.home.store
-    reports = {step: (entries[step].outputs[""], entries[step]) for step in sorted({gate.step for gate in wanted.gates})}
-    evidence = {step: Evidence.of(store.open(digest)) for step, (digest, _) in reports.items()}
+    reports = {
+        step: (entries[step].outputs[""], entries[step]) for step in sorted({gate.step for gate in wanted.gates})
+    }
+    evidence = {step: Evidence.of(Report.of(store.open(digest))) for step, (digest, _) in reports.items()}
     names = [node.name for member in wanted.members for node in graph.members(member)]
     has_opponent = CHAMPION in graph.nodes
     champion = evidence if has_opponent else None

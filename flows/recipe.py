@@ -146,7 +146,7 @@ def _known_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]
         if field is None:
             continue
         current = next((each for each in _models_in(field.annotation)), current)
-    return [name for name in current.model_fields]
+    return list(current.model_fields)
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -200,7 +200,9 @@ def _override(content: dict[str, Any], override: str) -> None:
     for index, part in enumerate(parents):
         known = list(current) if isinstance(current, dict) else []
         if part not in known and (index > 0 or part not in Recipe.model_fields):
-            raise UserError(f"--set {path}: the recipe has no `{'.'.join(parents[: index + 1])}`{did_you_mean(part, known)}")
+            raise UserError(
+                f"--set {path}: the recipe has no `{'.'.join(parents[: index + 1])}`{did_you_mean(part, known)}"
+            )
         current = current.setdefault(part, {})
     if not isinstance(current, dict):
         raise UserError(f"--set {path}: `{'.'.join(parents)}` is not a mapping")

@@ -48,7 +48,7 @@ def _step_schema(kind: StepKind, definitions: dict[str, Any]) -> dict[str, Any]:
         "type": "object",
         "description": kind.summary,
         "properties": properties,
-        "required": [name for name in schema.get("required", [])],
+        "required": list(schema.get("required", [])),
         "additionalProperties": False,
     }
 

@@ -61,7 +61,9 @@ class Board:
             self._seconds[name] = state.seconds
             self._detail[name] = state.message or headline(state)
         if not self.console.is_terminal:
-            self.console.print(f"{name}: {state.outcome} in {state.seconds:.1f} s {self._detail[name]}", highlight=False)
+            self.console.print(
+                f"{name}: {state.outcome} in {state.seconds:.1f} s {self._detail[name]}", highlight=False
+            )
 
     @contextmanager
     def live(self) -> Iterator[None]:

@@ -39,12 +39,16 @@ class Location(Protocol):
         """
         ...
 
-    def take(self, name: str, target: Path) -> None:
-        """Put a file at `target`, sharing its bytes where that is possible."""
+    def take(self, name: str, target: Path) -> int:
+        """Put a file at `target`, sharing its bytes where that is possible; else like `copy`."""
         ...
 
-    def copy(self, name: str, target: Path) -> None:
-        """Put a file at `target` as bytes of its own; what a broken transfer left there is continued if it can be."""
+    def copy(self, name: str, target: Path) -> int:
+        """Put a file at `target` as bytes of its own, going on from what a broken transfer left there if that can be.
+
+        Returns:
+            How many bytes were kept of what was there.
+        """
         ...
 
 
@@ -82,15 +86,17 @@ class LocalLocation:
         except OSError as error:
             raise RegistryError(f"{self.root / name} cannot be read ({error.strerror})") from error
 
-    def take(self, name: str, target: Path) -> None:
+    def take(self, name: str, target: Path) -> int:
         """Link the file."""
         self._fresh(name, target)
         link_or_copy(self.root / name, target)
+        return 0
 
-    def copy(self, name: str, target: Path) -> None:
+    def copy(self, name: str, target: Path) -> int:
         """Copy the file; where the file system can (Btrfs, XFS), its blocks are shared until one side is changed."""
         self._fresh(name, target)
         shutil.copyfile(self.root / name, target)
+        return 0
 
     def _fresh(self, name: str, target: Path) -> None:
         if not (self.root / name).is_file():
@@ -132,11 +138,11 @@ class RemoteLocation:
             self.copy(name, path)
             return path.read_bytes()
 
-    def take(self, name: str, target: Path) -> None:
+    def take(self, name: str, target: Path) -> int:
         """Download the file."""
-        self.copy(name, target)
+        return self.copy(name, target)
 
-    def copy(self, name: str, target: Path) -> None:
+    def copy(self, name: str, target: Path) -> int:
         """Download the file, from where a broken download stopped if the server answers ranges."""
         from mlflow.exceptions import MlflowException
         from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
@@ -145,16 +151,16 @@ class RemoteLocation:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             if isinstance(self._repository, HttpArtifactRepository):
-                _download(self._repository.artifact_uri, name, target)
-            else:
-                with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-                    Path(self._repository.download_artifacts(name, folder)).replace(target)
+                return _download(self._repository.artifact_uri, name, target)
+            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+                Path(self._repository.download_artifacts(name, folder)).replace(target)
+            return 0
         except (MlflowException, RequestException) as error:
             raise RegistryError(f"`{name}` cannot be fetched from {self._repository.artifact_uri} ({error})") from error
 
 
-def _download(artifact_uri: str, name: str, target: Path) -> None:
-    """Stream one file from MLflow's server, appending to what `target` already holds."""
+def _download(artifact_uri: str, name: str, target: Path) -> int:
+    """Stream one file from MLflow's server, appending to what `target` already holds; return how much that was."""
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.request_utils import augmented_raise_for_status
     from mlflow.utils.rest_utils import http_request
@@ -165,12 +171,12 @@ def _download(artifact_uri: str, name: str, target: Path) -> None:
     if response is None:
         raise RegistryError(f"the server gave no answer for `{name}`")
     with response:
-        if response.status_code == 416:  # nothing is left to send
-            return
         augmented_raise_for_status(response)
-        with target.open("ab" if response.status_code == 206 else "wb") as stream:
+        partial = response.status_code == 206
+        with target.open("ab" if partial else "wb") as stream:
             for chunk in response.iter_content(_CHUNK):
                 stream.write(chunk)
+    return held if partial else 0
 
 
 def location_at(uri: str, tracking_uri: str) -> Location:
@@ -223,18 +229,16 @@ def bring(location: Location, manifest: Manifest, names: list[str], staging: Pat
             continue
         if target.is_file() and target.stat().st_size >= wanted.size:
             target.unlink()
-        held = target.stat().st_size if target.is_file() else 0
         fetch = location.copy if own else location.take
-        fetch(name, target)
-        if held and digest_file(target) != wanted:
+        continued = fetch(name, target)
+        if continued and digest_file(target) != wanted:
             # What was left from before was no prefix of the file: once more from the start.
-            held = 0
             target.unlink()
-            fetch(name, target)
+            continued = fetch(name, target)
         if digest_file(target) != wanted:
             target.unlink()
             raise RegistryError(f"`{name}` of artifact {manifest.digest[:12]} is damaged in MLflow's store")
-        kept += held
+        kept += continued
     return kept
 
 

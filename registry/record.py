@@ -203,15 +203,19 @@ class Recorder:
                 self._drop(run)
 
     def _drop(self, run: "Run") -> None:
-        """Mark a half-written run killed, and remove it and its models with the links they hold."""
+        """Remove a half-written run with its models and the links they hold.
+
+        The run ends last, so that a drop which is killed itself is found and done again.
+        """
         client, run_id = self.tracking.client, run.info.run_id
-        client.set_terminated(run_id, "KILLED")
         models = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'")
-        for model in models:
-            location = self.tracking.of_model(model.model_id, model.tags.get("posttrain.digest", ""))
-            client.delete_logged_model(model.model_id)
-            if isinstance(location, LocalLocation):
-                shutil.rmtree(location.root, ignore_errors=True)
+        places = {model.model_id: model.tags.get("posttrain.digest", "") for model in models}
+        for place in [self.tracking.of_run(run), *(self.tracking.of_model(*each) for each in places.items())]:
+            if isinstance(place, LocalLocation):
+                shutil.rmtree(place.root, ignore_errors=True)
+        for model_id in places:
+            client.delete_logged_model(model_id)
+        client.set_terminated(run_id, "KILLED")
         client.delete_run(run_id)
 
 

@@ -36,9 +36,14 @@ class Bench:
     ) -> StepResult:
         """Run a step and return what became of it, refused and failed included."""
         declared = load_kind(kind)
-        given = {field: [value] if isinstance(value, Artifact) else list(value) for field, value in (inputs or {}).items()}
+        given = {
+            field: [value] if isinstance(value, Artifact) else list(value) for field, value in (inputs or {}).items()
+        }
         lists = tuple(field for field, value in (inputs or {}).items() if not isinstance(value, Artifact))
-        parents = {field: [f"{artifact.manifest.key}:{artifact.manifest.output}" for artifact in value] for field, value in given.items()}
+        parents = {
+            field: [f"{artifact.manifest.key}:{artifact.manifest.output}" for artifact in value]
+            for field, value in given.items()
+        }
         whole = declared.config.model_validate(
             {**config, **{field: value if field in lists else value[0] for field, value in given.items()}}
         )

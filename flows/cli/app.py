@@ -93,7 +93,7 @@ def list_families(as_json: JsonOption = False) -> None:
 
     found = families(Home.from_environment())
     if as_json:
-        print_json([json.loads(family.model_dump_json()) for family in found])
+        print_json(found)
     else:
         console().print(families_table(found))
 
@@ -104,12 +104,12 @@ def show(
 ) -> None:
     """Show a family: its releases, members, aliases, gate decisions."""
     from flows.cli.tables import family_table
-    from registry.family import show as show_family
+    from registry.family import load
     from registry.home import Home
 
-    found = show_family(Home.from_environment(), name)
+    found = load(Home.from_environment(), name)
     if as_json:
-        print_json(json.loads(found.model_dump_json()))
+        print_json(found.model_dump(mode="json"))
     else:
         console().print(family_table(found))
 
@@ -129,24 +129,32 @@ def pull(
 
     result = pull_member(Home.from_environment(), name, format_, to)
     if as_json:
-        print_json(json.loads(result.model_dump_json()))
+        print_json(result.as_plain())
     else:
-        console().print(result.sentence, highlight=False)
+        from flows.cli.tables import size
+
+        done = "was there already" if result.already_there else "pulled and verified"
+        console().print(f"{result.member} (version {result.version}, {size(result.size)}) {done}:", highlight=False)
+        for file in result.files:
+            console().print(f"  {result.path / file}", highlight=False, soft_wrap=True)
 
 
 @app.command()
 def rollback(
-    name: Annotated[str, typer.Argument(metavar="FAMILY", help="Name of a family.")], as_json: JsonOption = False
+    name: Annotated[str, typer.Argument(metavar="FAMILY", help="Name of a family.")],
+    reason: Annotated[str, typer.Option("--reason", help="Why; kept with the release that is taken back.")] = "",
+    as_json: JsonOption = False,
 ) -> None:
     """Make the previous champion the champion again."""
+    from registry.family import rollback as roll_back
     from registry.home import Home
-    from registry.publish import rollback as roll_back
+    from registry.record import Recorder
 
-    result = roll_back(Home.from_environment(), name)
+    release = roll_back(Recorder(Home.from_environment()), name, reason)
     if as_json:
-        print_json(json.loads(result.model_dump_json()))
+        print_json(release.model_dump(mode="json"))
     else:
-        console().print(result.sentence, highlight=False)
+        console().print(f"{name}: version {release.version} is champion again.", highlight=False)
 
 
 @app.command()

@@ -1,13 +1,13 @@
 """Tables for people."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from flows.plan import Plan
-from registry.family import Family
+from registry.members import Family
 from steps.frame import StepKind
 
 _COLOURS = {"cached": "blue", "run": "yellow", "resume": "cyan", "record": "cyan", "blocked": "red"}
@@ -36,37 +36,35 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
-def families_table(families: Sequence[Family]) -> Table:
+def families_table(families: Sequence[Mapping[str, Any]]) -> Table:
     """Draw all families: a row each."""
-    table = _table("family", "champion", "previous", "candidate", "members")
+    table = _table("family", "champion", "previous", "candidate", "releases", "formats", "updated")
     for family in families:
-        aliases = family.aliases
-        names = sorted({member.name for member in family.members})
         table.add_row(
-            Text(family.name, style="bold"),
-            *(str(aliases.get(alias, "")) for alias in ("champion", "previous", "candidate")),
-            ", ".join(names),
+            Text(family["family"], style="bold"),
+            *(str(family["aliases"].get(alias, "")) for alias in ("champion", "previous", "candidate")),
+            str(family["releases"]),
+            ", ".join(family["formats"]),
+            (family["updated"] or "")[:16],
         )
     return table
 
 
 def family_table(family: Family) -> Table:
-    """Draw one family: a row a member version, newest first."""
-    by_version: dict[str, list[str]] = {}
-    for alias, version in family.aliases.items():
-        by_version.setdefault(str(version), []).append(alias)
-    table = _table("version", "member", "format", "size", "digest", "release", "aliases", title=family.name)
-    for member in sorted(family.members, key=lambda each: -int(each.version)):
-        scheme = f"{member.format}:{member.scheme}" if member.scheme else member.format
-        table.add_row(
-            str(member.version),
-            Text(member.name, style="bold"),
-            scheme,
-            size(member.size),
-            member.digest[:12],
-            member.release[:12],
-            ", ".join(sorted(by_version.get(str(member.version), []))),
-        )
+    """Draw one family: a row a member, the newest release first, each followed by its gate decision."""
+    table = _table("version", "member", "--format", "size", "digest", "aliases", title=family.name)
+    for release in reversed(family.releases):
+        for member in release.members:
+            table.add_row(
+                str(member.version),
+                Text(member.name, style="bold"),
+                member.selector,
+                size(member.size),
+                member.digest[:12],
+                ", ".join(release.aliases) if member.version == release.version else "",
+            )
+        said = release.decision.sentence if release.decision else "no decision"
+        table.add_row("", Text(said, style="dim", overflow="fold"), "", "", "", "", end_section=True)
     return table
 
 
@@ -111,7 +109,9 @@ def describe_kind(kind: StepKind) -> dict[str, Any]:
         "uses": kind.name,
         "summary": kind.summary,
         "reference": kind.reference,
-        "inputs": {name: {"kinds": [k.kind for k in edge.kinds], "many": edge.many} for name, edge in kind.edges.items()},
+        "inputs": {
+            name: {"kinds": [k.kind for k in edge.kinds], "many": edge.many} for name, edge in kind.edges.items()
+        },
         "outputs": {name: " | ".join(each.kind for each in kinds) for name, kinds in kind.outputs.items()},
         "keys": keys,
     }

@@ -2,6 +2,7 @@
 `kinds` says what an artifact may be, `manifest` what is written about it, `tree` how its bytes are digested, and
 `store` how it is published and found again. Nothing here knows a training library, Prefect or MLflow.
 """
+
 from steps.artifacts.kinds import (
     KINDS,
     Adapter,
@@ -25,6 +26,7 @@ from steps.artifacts.kinds import (
 from steps.artifacts.manifest import MANIFEST_NAME, Manifest, Parent
 from steps.artifacts.store import CorruptArtifact, Store
 from steps.artifacts.tree import FileDigest, Tree, digest_file, digest_tree, link_or_copy
+
 __all__ = [
     "KINDS",
     "MANIFEST_NAME",

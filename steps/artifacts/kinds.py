@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -111,6 +111,17 @@ class Artifact(Generic[F]):
     def size(self) -> int:
         """Bytes of its files."""
         return self.manifest.size
+
+    @classmethod
+    def of(cls, artifact: "Artifact[Any]") -> Self:
+        """Return an artifact as this kind.
+
+        Raises:
+            TypeError: it is of another.
+        """
+        if not isinstance(artifact, cls):
+            raise TypeError(f"{artifact!r} is no {cls.kind}")
+        return artifact
 
     @classmethod
     def draft(cls, path: Path, facts: F) -> "Draft":

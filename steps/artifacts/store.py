@@ -109,7 +109,7 @@ class Store:
                 return self.open(manifest.digest)
             self.discard(manifest.digest)
         try:
-            os.rename(staging, target)
+            staging.rename(target)
         except OSError:
             # Another process published the same digest between the check and the rename.
             if self.fault(manifest.digest) is not None:
@@ -124,7 +124,7 @@ class Store:
         if not path.exists():
             return
         grave = self.root / f".discarded-{uuid.uuid4().hex}"
-        os.rename(path, grave)
+        path.rename(grave)
         shutil.rmtree(grave)
 
 

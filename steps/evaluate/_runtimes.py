@@ -25,14 +25,22 @@ _SPEED_TOKENS = 32
 
 
 @dataclass(frozen=True)
-class Generation:
-    """Greedy answers and how fast they came, one conversation at a time."""
+class Speed:
+    """How fast a runtime is with one conversation at a time."""
 
-    answers: list[list[int]]
-    """Token ids without the stop token, one list a prompt."""
     prompt_tokens_per_second: float
     tokens_per_second: float
     """Decoding alone: the tokens after the first."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Greedy answers."""
+
+    answers: list[list[int]]
+    """Token ids without the stop token, one list a prompt."""
+    speed: Speed | None
+    """None where the runtime stands in for another one, whose speed and memory it cannot tell."""
 
 
 class Runtime(Protocol):
@@ -59,7 +67,7 @@ def open_runtime(artifact: Model | Quantized, *, dtype: Dtype, context: int, thr
 
     Args:
         artifact: a checkpoint, or a GGUF or GPTQ artifact.
-        dtype: precision of an unquantized checkpoint's matrix products.
+        dtype: precision of the matrix products in transformers.
         context: most tokens in one sequence.
         threads: cores to use.
 
@@ -71,16 +79,22 @@ def open_runtime(artifact: Model | Quantized, *, dtype: Dtype, context: int, thr
     if isinstance(artifact, Quantized) and artifact.facts.format == "gptq":
         from steps.lm.gptq import load_gptq
 
-        return TransformersRuntime(load_gptq(artifact.path), artifact.path, artifact.facts.stop_token_ids)
+        model = load_gptq(artifact.path, dtype)
+        return TransformersRuntime(model, artifact.path, artifact.facts.stop_token_ids, stand_in=True)
     if isinstance(artifact, Quantized):
         raise UserError(f"evaluate.compare runs `gguf` and `gptq`; it has no runtime for `{artifact.facts.format}`")
     return TransformersRuntime(load_model(artifact.path, dtype), artifact.path, artifact.facts.stop_token_ids)
 
 
 class TransformersRuntime:
-    """A checkpoint in transformers; scores row by row, answers in one left-padded batch."""
+    """A checkpoint in transformers; scores row by row, answers in one left-padded batch.
 
-    def __init__(self, model: "PreTrainedModel", directory: Path, stop_token_ids: Sequence[int]) -> None:
+    A `stand_in` is a model whose weights were packed and are unpacked here: its answers count, its speed does not.
+    """
+
+    def __init__(
+        self, model: "PreTrainedModel", directory: Path, stop_token_ids: Sequence[int], *, stand_in: bool = False
+    ) -> None:
         from transformers import GenerationConfig
 
         self._model: Any = model.eval()
@@ -88,6 +102,7 @@ class TransformersRuntime:
         self._model.generation_config = GenerationConfig()
         self._tokenizer: PreTrainedTokenizerFast = load_tokenizer(directory)
         self._stops = sorted(stop_token_ids)
+        self._stand_in = stand_in
         self._trims = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self._precise_head: Any = _float32_copy(self._model.get_output_embeddings())
         self.vocabulary: int = self._precise_head.weight.shape[0]
@@ -107,16 +122,17 @@ class TransformersRuntime:
         return found[0, -count:].float().numpy()
 
     def generate(self, prompts: Sequence[list[int]], max_tokens: int) -> Generation:
-        """See `Runtime`. The speed is taken on the first prompt alone, whose answer may not stop early there."""
+        """See `Runtime`."""
+        answers = [self._until_stop(row) for row in self._continue(prompts, max_tokens)]
+        return Generation(answers, None if self._stand_in else self._speed(prompts[0]))
+
+    def _speed(self, prompt: list[int]) -> Speed:
+        """Time one prompt alone, with an answer that may not stop early."""
         clock = self._clock()
         began = time.perf_counter()
-        self._continue(prompts[:1], _SPEED_TOKENS, min_new_tokens=_SPEED_TOKENS, stopping_criteria=[clock])
-        answers = [self._until_stop(row) for row in self._continue(prompts, max_tokens)]
-        return Generation(
-            answers=answers,
-            prompt_tokens_per_second=len(prompts[0]) / (clock.times[0] - began),
-            tokens_per_second=(len(clock.times) - 1) / (clock.times[-1] - clock.times[0]),
-        )
+        self._continue([prompt], _SPEED_TOKENS, min_new_tokens=_SPEED_TOKENS, stopping_criteria=[clock])
+        first, last = clock.times[0], clock.times[-1]
+        return Speed(len(prompt) / (first - began), (len(clock.times) - 1) / (last - first))
 
     def _continue(self, prompts: Sequence[list[int]], max_tokens: int, **options: Any) -> list[list[int]]:
         """Return the new tokens of each prompt, padding after the stop token included."""
@@ -187,11 +203,7 @@ class LlamaCppRuntime:
             # The first token comes with the prompt; a stop token was decoded too, though it is not in the answer.
             decoded += len(answer) if len(answer) < max_tokens else max_tokens - 1
             answers.append(answer)
-        return Generation(
-            answers=answers,
-            prompt_tokens_per_second=prompt_tokens / first,
-            tokens_per_second=decoded / max(whole - first, 1e-9),
-        )
+        return Generation(answers, Speed(prompt_tokens / first, decoded / max(whole - first, 1e-9)))
 
 
 def _float32_copy(head: Any) -> Any:

@@ -173,9 +173,7 @@ def run_in_fresh_interpreter(spec: StepSpec, prefix: Sequence[str] = ()) -> Step
     command = [*(prefix or [sys.executable]), "-m", "steps", str(path)]
     limit = spec.resources.timeout_minutes * 60 or None
     with (spec.work / LOG_NAME).open("ab") as log:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         try:
             code, timed_out = process.wait(timeout=limit), False
         except subprocess.TimeoutExpired:

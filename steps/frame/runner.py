@@ -128,7 +128,10 @@ def _limit_threads(cpus: int) -> None:
 def _disk_full(spec: StepSpec) -> str:
     full = min((spec.work, spec.store.parent, spec.cache), key=lambda path: shutil.disk_usage(path).free)
     free = shutil.disk_usage(full).free
-    return f"step `{spec.name}`: the disk that holds {full} is full ({free / 1e6:.0f} MB left); free some space and run again"
+    return (
+        f"step `{spec.name}`: the disk that holds {full} is full ({free / 1e6:.0f} MB left); free some space and run "
+        "again"
+    )
 
 
 def _failed(error: Exception) -> StepResult:

@@ -32,7 +32,7 @@ def load_gptq(directory: Path, dtype: Dtype = "float32") -> "PreTrainedModel":
         UserError: the directory holds no GPTQ checkpoint in the layouts `gptq` or `gptq_v2`.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     config: Any = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     scheme = getattr(config, "quantization_config", None)
@@ -43,7 +43,11 @@ def load_gptq(directory: Path, dtype: Dtype = "float32") -> "PreTrainedModel":
     del config.quantization_config
     wanted = getattr(torch, dtype)
     state = {name: tensor.to(wanted) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    model = AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=wanted)
+    # Only a concrete class takes tensors instead of a directory; a model without memory tells which it is.
+    with torch.device("meta"):
+        model_class: Any = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+    model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=wanted)
+    model.generation_config = GenerationConfig.from_pretrained(directory)
     return model.eval()
 
 

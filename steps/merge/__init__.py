@@ -1,0 +1,1 @@
+"""Merging: several weights into one model, each merge with its proof."""

@@ -90,6 +90,7 @@ def new_llama(config: PicoModel, tokenizer: "PreTrainedTokenizerFast") -> "Llama
     """Build the model with random weights (tied embeddings, as in small Llamas)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    pad, start, end = range(len(_SPECIAL))
     llama = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden,
@@ -99,13 +100,13 @@ def new_llama(config: PicoModel, tokenizer: "PreTrainedTokenizerFast") -> "Llama
         num_key_value_heads=config.kv_heads,
         max_position_embeddings=config.context,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.convert_tokens_to_ids("<|im_start|>"),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=start,
+        eos_token_id=end,
+        pad_token_id=pad,
     )
     model = LlamaForCausalLM(llama)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.eos_token_id = end
+    model.generation_config.pad_token_id = pad
     return model
 
 

@@ -110,7 +110,7 @@ def check_group_size(directory: Path, group_size: int) -> None:
     sizes = [size for size in (16, 32, 64, 128, 256, 512, 1024) if all(width % size == 0 for width in every)]
     name, width = next(iter(sorted(widths.items())))
     raise UserError(
-        f"group_size: {group_size} does not divide {width}, the width of {name} in {directory}; "
+        f"group_size: {group_size} does not divide {width}, the width of {name}; "
         f"{', '.join(map(str, [*reversed(sizes), -1]))} would do"
     )
 
@@ -197,8 +197,9 @@ def verify_gptq(directory: Path, model: Model, rows: list[list[int]]) -> tuple[f
     kappa = 1.0 if agreement == 1 else (agreement - chance) / (1 - chance)
     if kappa < _LEAST_KAPPA:
         raise ProofFailed(
-            f"the quantized model finds the same token likeliest at {agreement:.0%} of {len(ours)} positions, {chance:.0%} "
-            f"would be chance: kappa {kappa:.2f}, at least {_LEAST_KAPPA} is needed; try more bits or smaller groups"
+            f"the quantized model finds the same token likeliest at {agreement:.0%} of {len(ours)} positions, "
+            f"{chance:.0%} would be chance: kappa {kappa:.2f}, at least {_LEAST_KAPPA} is needed; "
+            "try more bits or smaller groups"
         )
     return kappa, agreement
 

@@ -1,0 +1,1 @@
+"""Training: fine-tuning of adapters and of whole models."""

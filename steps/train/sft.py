@@ -12,9 +12,10 @@ from steps.lm.checkpoint import Dtype, load_model, load_tokenizer, model_facts, 
 from steps.lm.rows import read_jsonl
 
 if TYPE_CHECKING:
+    import torch
     from datasets import Dataset as Table
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
-    from trl import SFTConfig
+    from trl.trainer.sft_config import SFTConfig
 
 
 class _Method(BaseModel):
@@ -26,7 +27,7 @@ class Lora(_Method):
 
     kind: Literal["lora"] = "lora"
     rank: int = Field(default=16, ge=1)
-    alpha: float | None = None
+    alpha: int | None = Field(default=None, ge=1)
     """Scale of the update; twice the rank when unset."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: Literal["all-linear"] | list[str] = "all-linear"
@@ -83,7 +84,7 @@ class TrainSft(StepConfig):
 def train_sft(config: TrainSft, job: Job) -> Draft:
     """Train, resuming from the last complete checkpoint where an earlier attempt left one."""
     from transformers import set_seed
-    from trl import SFTTrainer
+    from trl.trainer.sft_trainer import SFTTrainer
 
     from steps.train._progress import ReportToJob
 
@@ -104,9 +105,10 @@ def train_sft(config: TrainSft, job: Job) -> Draft:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     out = job.output()
     if isinstance(config.adapter, Full):
-        save_model(model.to(dtype_of(config)), tokenizer, out)
+        model.to(dtype=dtype_of(config))  # pyright: ignore[reportCallIssue]
+        save_model(model, tokenizer, out)
         return Model.draft(out, model_facts(out, origin=config.model.facts.origin, licence=config.model.facts.licence))
-    return _adapter_draft(config, config.adapter, trainer.model, out)
+    return _adapter_draft(config, config.adapter, model, out)
 
 
 def prepared_model(config: TrainSft) -> "PreTrainedModel":
@@ -158,7 +160,7 @@ def tokenised(config: TrainSft, tokenizer: "PreTrainedTokenizerFast", job: Job) 
 def arguments(config: TrainSft, checkpoints: Path) -> "SFTConfig":
     """Translate the config into TRL's arguments."""
     import torch
-    from trl import SFTConfig
+    from trl.trainer.sft_config import SFTConfig
 
     full = isinstance(config.adapter, Full)
     return SFTConfig(
@@ -207,7 +209,7 @@ def _is_complete(state: Path) -> bool:
     return state.exists() and state.read_text(encoding="utf-8").rstrip().endswith("}")
 
 
-def dtype_of(config: TrainSft) -> "torch.dtype":  # noqa: F821
+def dtype_of(config: TrainSft) -> "torch.dtype":
     """Return the torch type of the config's `dtype`."""
     import torch
 

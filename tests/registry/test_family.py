@@ -166,7 +166,10 @@ def test_two_members_of_one_name(workshop: Workshop) -> None:
     assert [member.name for member in release.members] == ["sizes-GPTQ-Int4-g64", "sizes-GPTQ-Int4-g128"]
     assert resolve(workshop.home, "sizes", format="gptq-int4-g128").role == "Int4-g128"
     other = workshop.model(b"other")
-    both = [(role, each.digest, execution.record(workshop.step(role, each))) for role, each in {"a": model, "b": other}.items()]
+    both = [
+        (role, each.digest, execution.record(workshop.step(role, each)))
+        for role, each in {"a": model, "b": other}.items()
+    ]
     with pytest.raises(RegistryError, match="`a` and `b` are both hf"):
         publish(execution, "both", both, YES)
 

@@ -16,7 +16,9 @@ from tests.registry.workshop import Workshop
 SCORE = Gate(metric="quality.answer_score", against="champion", no_worse_by=0.01)
 
 
-def rows(candidate: str, count: int = 400, shift: float = 0.0, noise: float = 0.0, seed: int = 1, **more: Any) -> Evidence:
+def rows(
+    candidate: str, count: int = 400, shift: float = 0.0, noise: float = 0.0, seed: int = 1, **more: Any
+) -> Evidence:
     """A report of one candidate: scores that differ from sample to sample, moved by `shift`, with noise of its own."""
     base, own = random.Random(7), random.Random(seed)
     made = [

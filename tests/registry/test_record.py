@@ -19,7 +19,9 @@ from tests.registry.workshop import BEGAN, Workshop
 
 
 def curve(path: Path) -> Path:
-    lines: list[dict[str, Any]] = [{"step": step, "time": 1e9 + step, "values": {"loss": 3.0 - step}} for step in range(3)]
+    lines: list[dict[str, Any]] = [
+        {"step": step, "time": 1e9 + step, "values": {"loss": 3.0 - step}} for step in range(3)
+    ]
     lines.append({"step": 2, "time": 1e9 + 9, "values": {"loss": 0.5}})
     lines.append({"step": None, "time": 1e9 + 10, "values": {"gguf[Q4_K_M]/kl": 0.25}})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "ti')
@@ -27,7 +29,9 @@ def curve(path: Path) -> Path:
 
 
 def files_of(workshop: Workshop, run_id: str) -> dict[str, Path]:
-    root = Path(workshop.recorder.tracking.client.get_run(run_id).info.artifact_uri.removeprefix("file://").replace("%20", " "))
+    root = Path(
+        workshop.recorder.tracking.client.get_run(run_id).info.artifact_uri.removeprefix("file://").replace("%20", " ")
+    )
     return {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
 
 
@@ -247,7 +251,12 @@ def test_a_cached_step_leads_to_the_run_that_made_it(workshop: Workshop) -> None
 
 def test_history_puts_the_likest_step_first(tmp_path: Path) -> None:
     index = Index(tmp_path)
-    rows = [("a" * 64, "r", "sft", 0), ("b" * 64, "other", "sft", 2), ("c" * 64, "r", "dpo", 3), ("d" * 64, "r", "sft", 1)]
+    rows = [
+        ("a" * 64, "r", "sft", 0),
+        ("b" * 64, "other", "sft", 2),
+        ("c" * 64, "r", "dpo", 3),
+        ("d" * 64, "r", "sft", 1),
+    ]
     for key, recipe, step, age in rows:
         index.put(
             Entry(

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import yaml
-
 from calibration_rows import publish_conversations
-from steps.artifacts import Dataset, Manifest, Model, Package, Quantized, Report
 from variants import scale_noise, variant
+
+from steps.artifacts import Dataset, Manifest, Model, Package, Quantized, Report
 
 
 @pytest.fixture(scope="module")

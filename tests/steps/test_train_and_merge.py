@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from steps.artifacts import Dataset, DatasetFacts, Manifest, digest_tree
-from steps.lm.checkpoint import load_tokenizer
 from steps.lm.chat import conversation
+from steps.lm.checkpoint import load_tokenizer
 from steps.lm.rows import read_jsonl, write_jsonl
 
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
@@ -67,7 +67,7 @@ def test_mask_covers_the_answer_and_its_stop_token_only(pico: Any, joined: Datas
     rendered = conversation(tokenizer, row["messages"])
     answer = [token for token, mine in zip(rendered.ids, rendered.assistant, strict=True) if mine]
     assert tokenizer.decode(answer) == "alpha-alpha<|im_end|>"
-    assert tokenizer.decode(rendered.ids[: rendered.prompt_length]).endswith("<|im_start|>assistant\n")
+    assert str(tokenizer.decode(rendered.ids[: rendered.prompt_length])).endswith("<|im_start|>assistant\n")
 
 
 def test_sft_learns(bench: Any, tuned: Any) -> None:

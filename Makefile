@@ -1,0 +1,62 @@
+# posttrain: `make run` does the main job, `make test` proves it; both set themselves up.
+RECIPE ?= quickstart
+FAMILY ?= smollm2-stdlib
+FORMAT ?= gguf:Q4_K_M
+TO ?= ./pulled
+posttrain := .venv/bin/posttrain
+
+.PHONY: help setup run plan test test-fast lint format bench pull up down status schema lock clean
+
+help: ## Say what each target does
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: .venv/.ready ## Make .venv from the lock
+
+.venv/.ready: requirements.lock pyproject.toml infra/setup.sh
+	@infra/setup.sh
+
+run: setup ## Run RECIPE (quickstart): data, fine-tuning, merge, quantization, evaluation, publication
+	@$(posttrain) run $(RECIPE)
+
+plan: setup ## Show what `make run` would do
+	@$(posttrain) plan $(RECIPE)
+
+pull: setup ## Fetch FAMILY in FORMAT into TO
+	@$(posttrain) pull $(FAMILY) --format $(FORMAT) --to $(TO)
+
+test: setup ## Run all tests
+	@.venv/bin/python -m pytest
+
+test-fast: setup ## Run the tests that train nothing
+	@.venv/bin/python -m pytest tests/flows tests/registry -m "not slow"
+
+lint: setup ## Check style, types and who imports whom
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/pyright
+	@.venv/bin/lint-imports --no-cache
+
+format: setup ## Format the code
+	@.venv/bin/ruff check --fix .
+	@.venv/bin/ruff format .
+
+bench: setup ## Measure our overhead beside the bare libraries, in one run
+	@.venv/bin/python -m tests.bench
+
+up: setup ## Start Prefect, MLflow and a worker on this machine
+	@$(posttrain) up
+
+down: setup ## Stop them
+	@$(posttrain) down
+
+status: setup ## Show them
+	@$(posttrain) status
+
+schema: setup ## Write the JSON Schema that recipes point editors to
+	@$(posttrain) schema --to recipes/recipe.schema.json
+
+lock: setup ## Write the lock anew from what is installed
+	@.venv/bin/python -m pip freeze --all | sed -n -e "/^pip==/d" -e "s/+cpu$$//" -e "/^[A-Za-z0-9._-]*==/p" > requirements.lock
+
+clean: ## Remove .venv (artifacts in .posttrain stay)
+	@rm -rf .venv

@@ -1,0 +1,159 @@
+"""The team case: a real MLflow server on loopback, one home that publishes and empty homes that find and pull."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+from registry.errors import RegistryError
+from registry.family import family_names, load, publish, resolve, rollback
+from registry.gates import GateDecision
+from registry.home import Home
+from registry.members import Release
+from registry.pull import pull
+from registry.record import Recorder
+from tests.registry.workshop import Workshop
+
+YES = GateDecision(promote=True, sentence="Promoted.")
+
+
+@pytest.fixture(scope="module")
+def server_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of the server."""
+    return tmp_path_factory.mktemp("server")
+
+
+@pytest.fixture(scope="module")
+def server(server_root: Path, migrated: Path) -> Iterator[str]:
+    """URI of a server that proxies artifacts."""
+    root = server_root
+    shutil.copyfile(migrated, root / "mlflow.db")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    store = ["--backend-store-uri", f"sqlite:///{root}/mlflow.db", "--artifacts-destination", str(root / "artifacts")]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    with (root / "log.txt").open("wb") as log:
+        # Without its job workers (LLM judges and the like) the server is one process and up in a third of the time.
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        process = subprocess.Popen(
+            [*command, *store], stdout=log, stderr=log, cwd=root, env=environment, start_new_session=True
+        )
+    uri = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            try:
+                requests.get(f"{uri}/health", timeout=1).raise_for_status()
+                break
+            except requests.RequestException:
+                assert process.poll() is None, (root / "log.txt").read_text()
+                time.sleep(0.1)
+        yield uri
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+
+
+def released(workshop: Workshop, family: str, seed: bytes) -> Release:
+    execution = workshop.begin(family)
+    model, data = workshop.model(seed), workshop.dataset()
+    execution.record(workshop.step("data", data))
+    merged = execution.record(workshop.step("merged", model, inputs={"data": data}))
+    gguf = workshop.gguf(model, "Q4_K_M")
+    quantized = execution.record(workshop.step("gguf[Q4_K_M]", gguf, inputs={"model": model}))
+    members = [("merged", model.digest, merged), ("gguf[Q4_K_M]", gguf.digest, quantized)]
+    release = publish(execution, family, members, YES)
+    execution.finish()
+    return release
+
+
+def test_what_one_machine_publishes_another_finds_fetches_and_pulls(server: str, tmp_path: Path) -> None:
+    here = Workshop(Home.at(tmp_path / "here", server))
+    release = released(here, "team", b"one")
+    there = Home.at(tmp_path / "there", server)
+    assert family_names(there) == ["team"]
+    member = resolve(there, "team", "champion", "gguf:Q4_K_M")
+    assert (member.digest, member.scheme) == (release.members[1].digest, "Q4_K_M")
+
+    recorder = Recorder(there)
+    entry = recorder.find(member.key)
+    assert entry == here.recorder.index.get(member.key)
+    assert recorder.index.get(member.key) == entry, "what was found is indexed"
+    assert recorder.fetch(member.digest, entry).size == member.size
+    assert there.store.fault(member.digest) is None
+    data = here.dataset()
+    prepared = recorder.find(data.manifest.key)
+    assert prepared
+    recorder.fetch(data.digest, prepared)
+    assert (there.store.path(data.digest) / "rows.jsonl").read_bytes() == data.rows_file.read_bytes()
+    assert recorder.find("0" * 64) is None
+
+    result = pull(Home.at(tmp_path / "third", server), "team", "hf", tmp_path / "pulled")
+    assert result.digest == release.members[0].digest
+    assert (tmp_path / "pulled" / "tokenizer" / "vocab.json").read_bytes() == b"{}"
+    assert not (tmp_path / "third" / "artifacts").exists()
+    run = recorder.tracking.client.get_run(member.run_id)
+    assert [each.model_id for each in run.inputs.model_inputs] == [release.members[0].model_id]
+
+
+def test_a_download_that_was_cut_goes_on_where_it_stopped(server: str, tmp_path: Path) -> None:
+    here = Workshop(Home.at(tmp_path / "here", server))
+    release = released(here, "cut", b"two")
+    away, to = Home.at(tmp_path / "away", server), tmp_path / "x"
+    weights = (here.home.store.path(release.members[0].digest) / "model.safetensors").read_bytes()
+    staging = tmp_path / f".x.pulling-{release.members[0].digest[:16]}"
+    staging.mkdir()
+    (staging / "model.safetensors").write_bytes(weights[:1234])
+    assert pull(away, "cut", "hf", to).resumed == 1234
+    assert (to / "model.safetensors").read_bytes() == weights
+
+    to.rename(staging)
+    (staging / "model.safetensors").write_bytes(b"x" * 1234)  # no prefix of the file: fetched whole
+    assert pull(away, "cut", "hf", to).resumed == len(b"{}") * 2
+    assert (to / "model.safetensors").read_bytes() == weights
+
+
+def test_recording_again_uploads_nothing_and_rollback_works(server: str, tmp_path: Path) -> None:
+    here = Workshop(Home.at(tmp_path / "here", server))
+    one, again = released(here, "back", b"three"), released(here, "back", b"three")
+    assert [member.model_id for member in again.members] == [member.model_id for member in one.members]
+    two = released(here, "back", b"four")
+    assert load(here.home, "back").aliases == {
+        "candidate": two.version,
+        "champion": two.version,
+        "previous": one.version,
+    }
+    assert rollback(here.recorder, "back").id == one.id
+    assert load(here.home, "back").aliases == {"candidate": two.version, "champion": one.version}
+
+
+def test_a_record_that_failed_is_made_whole(server: str, tmp_path: Path) -> None:
+    here = Workshop(Home.at(tmp_path / "here", server))
+    execution, model = here.begin("failed"), here.model(b"five")
+    away = (model.path / "model.safetensors").rename(tmp_path / "away")
+    with pytest.raises(FileNotFoundError):
+        execution.record(here.step("base", model))
+    assert here.recorder.find(model.manifest.key) is None
+    away.rename(model.path / "model.safetensors")
+    entry = execution.record(here.step("base", model))
+    shutil.rmtree(here.home.store.root)
+    assert here.recorder.fetch(model.digest, entry).digest == model.digest
+
+
+def test_a_model_damaged_on_the_server_is_refused(server: str, server_root: Path, tmp_path: Path) -> None:
+    here = Workshop(Home.at(tmp_path / "here", server))
+    release = released(here, "damaged", b"six")
+    (weights,) = server_root.glob(f"artifacts/**/{release.members[0].model_id}/artifacts/model.safetensors")
+    weights.chmod(0o644)
+    weights.write_bytes(b"flip" + weights.read_bytes()[4:])
+    with pytest.raises(RegistryError, match="is damaged in MLflow's store"):
+        pull(Home.at(tmp_path / "away", server), "damaged", "hf", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
