@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.execution import Execution, StepState
+from registry.members import Release
 
 
 @dataclass(frozen=True)
@@ -17,19 +18,39 @@ class Ending:
     seconds: float
     publication: str = ""
     """One sentence on family, release and gates; empty where nothing was published."""
+    release: Release | None = None
+    """What was published, with the decision of its gates."""
     report: Path | None = None
-    headline: dict[str, float] = field(default_factory=dict)
+    table: list[dict[str, Any]] = field(default_factory=list)
+    """A row a step, for people."""
+    picture: Path | None = None
+    """The comparison as a PNG."""
+    links: dict[str, str] = field(default_factory=dict)
+    """Pages on this run by their name, where a server shows them."""
 
     @classmethod
-    def of(cls, execution: Execution, publication: str = "", report: Path | None = None) -> "Ending":
+    def of(cls, execution: Execution, publication: str = "", release: Release | None = None, **more: Any) -> "Ending":
         """Sum up an execution."""
         seconds = (datetime.now(UTC) - execution.began).total_seconds()
-        return cls(execution.plan.graph.loaded.recipe.name, execution.states, seconds, publication, report)
+        recipe = execution.plan.graph.loaded.recipe.name
+        return cls(recipe, execution.states, seconds, publication, release, **more)
 
     @property
     def ok(self) -> bool:
         """Whether every step is finished or cached."""
         return all(state.outcome in ("finished", "cached") for state in self.states.values())
+
+    @property
+    def promoted(self) -> bool:
+        """Whether what was published is the champion now."""
+        return self.release is not None and "champion" in self.release.aliases
+
+    @property
+    def verdict(self) -> str:
+        """Say it in a word or two."""
+        if not self.ok:
+            return "failed"
+        return "finished" if self.release is None else "promoted" if self.promoted else "not promoted"
 
     @property
     def exit_code(self) -> int:

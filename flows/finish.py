@@ -7,7 +7,10 @@ from flows.ending import Ending
 from flows.execution import Execution, StepState, versions
 from flows.publication import Publication, publish_release
 from flows.report import ReportStep, RunReport, comparison_png, prefect_table, write_report
+from flows.team.state import mlflow_url
 from steps.frame.spec import METRICS_NAME
+
+REPORT = "report.html"
 
 
 def finish(execution: Execution, *, publish: bool) -> Ending:
@@ -18,19 +21,35 @@ def finish(execution: Execution, *, publish: bool) -> Ending:
     page = write_report(report, report_path(execution))
     record = execution.record
     record.log_file(page)
-    record.log_table("steps", prefect_table(report))
+    record.log_table("steps", table := prefect_table(report))
+    image = page.with_name("comparison.png")
+    image.unlink(missing_ok=True)
     if picture := comparison_png(report):
-        image = page.with_name("comparison.png")
         image.write_bytes(picture)
         record.log_file(image)
     execution.close(ok=done.ok)
-    execution.ending = Ending.of(execution, publication.sentence, page)
+    execution.ending = Ending.of(
+        execution,
+        publication.sentence,
+        publication.release,
+        report=page,
+        table=table,
+        picture=image if picture else None,
+        links=_links(execution),
+    )
     return execution.ending
+
+
+def _links(execution: Execution) -> dict[str, str]:
+    """Return the pages of MLflow that show this run and its report."""
+    server = mlflow_url(execution.home)
+    run = f"{server}/#/experiments/{execution.record.experiment}/runs/{execution.record.run_id}"
+    return {"MLflow run": run, "Report": f"{run}/artifacts/{REPORT}"} if server else {}
 
 
 def report_path(execution: Execution) -> Path:
     """Return where the report of a recipe's latest run lies."""
-    return execution.home.root / "reports" / execution.plan.graph.loaded.recipe.name / "report.html"
+    return execution.home.root / "reports" / execution.plan.graph.loaded.recipe.name / REPORT
 
 
 def report_of(execution: Execution, publication: str) -> RunReport:

@@ -1,49 +1,74 @@
 """The flow `lifecycle`: a recipe's steps as Prefect tasks, then its report and its publication."""
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
-from prefect.futures import PrefectFuture, wait
 from prefect.client.schemas.objects import State
+from prefect.futures import PrefectFuture, wait
+from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.ending import Ending
 from flows.execution import Execution, StepState
 from flows.finish import finish
+from flows.prefect_artifacts import Progress, show_ending
 from flows.prepare import prepare
+from flows.terminal import Board
+from registry.errors import RegistryError
 from steps.frame import UserError
 
 prepared: ContextVar[Execution | None] = ContextVar("prepared", default=None)
 """An execution that the command line has already planned; a worker plans its own."""
 
-board: ContextVar[Any] = ContextVar("board", default=None)
-"""What shows the run on a terminal, see `flows.terminal.Board`; None where there is none."""
+board: ContextVar[Board | None] = ContextVar("board", default=None)
+"""What shows the run on a terminal; None where there is none."""
+
+STEPS_AT_ONCE = 16
+"""Tasks that may be begun; how many really run is up to the machine's cores, see `flows.execution.Slots`."""
+
+
+def run_name() -> str:
+    """Return the recipe's name, by which the UI lists a run; a recipe may be given as a path."""
+    return Path(flow_run.parameters["recipe"]).stem
 
 
 @flow(
     name="lifecycle",
-    flow_run_name="{recipe}",
-    description="Run a recipe: every step once, its results recorded in MLflow, its family published.",
-    task_runner=ThreadPoolTaskRunner(max_workers=16),  # pyright: ignore[reportArgumentType]
+    flow_run_name=run_name,
+    task_runner=ThreadPoolTaskRunner(max_workers=STEPS_AT_ONCE),  # pyright: ignore[reportArgumentType]
     persist_result=False,
     result_serializer="json",
 )
-def lifecycle(recipe: str, overrides: list[str] | None = None, publish: bool = True) -> dict[str, Any] | State:
-    """Run a recipe.
+def lifecycle(recipe: str, overrides: Sequence[str] = (), publish: bool = True) -> State:
+    """Run a recipe from its data to a published family.
 
     Args:
-        recipe: name of a file in `recipes/` (without `.yaml`), or a path.
-        overrides: `path=value` texts, e.g. `steps.sft.epochs=2`.
-        publish: whether to register the family that the recipe publishes.
+        recipe: Name of a file in `recipes/`.
+        overrides: Keys of the recipe to change for this run, each as path=value: `steps.sft.epochs=2`.
+        publish: Register the family that the recipe publishes; its gates decide on the champion.
     """
     try:
-        execution = prepared.get() or prepare(recipe, overrides or [])
-    except UserError as error:
+        execution = prepared.get() or prepare(recipe, overrides)
+    except (UserError, RegistryError) as error:
         return Failed(message=str(error))
+    ending = run_steps(execution, publish=publish)
+    return Completed(message=ending.sentence) if ending.ok else Failed(message=ending.sentence)
+
+
+def run_steps(execution: Execution, *, publish: bool) -> Ending:
+    """Run every step as a task of the current flow run, publish, report, and show all of it in Prefect."""
+    progress, shown = Progress(), board.get()
+
+    def on_progress(name: str, values: Mapping[str, Any]) -> None:
+        progress.show(name, values)
+        if shown:
+            shown.progress(name, values)
+
+    execution.on_progress = on_progress
     execution.warm_up()
     futures: dict[str, PrefectFuture[Any]] = {}
     try:
@@ -55,28 +80,25 @@ def lifecycle(recipe: str, overrides: list[str] | None = None, publish: bool = T
     except BaseException:
         execution.close(ok=False)
         raise
-    summary = ending.summary()
-    if not ending.ok:
-        return Failed(message=ending.sentence, data=None)
-    return summary
+    show_ending(ending)
+    return ending
 
 
 def _step_task(execution: Execution, name: str) -> Any:
     """Make the task of one step; it carries the step's name, so Prefect's UI reads as the recipe."""
 
     def run_step() -> State:
-        show = board.get()
-        if show:
-            show.started(name)
+        shown = board.get()
+        if shown:
+            shown.started(name)
         state = execution.run(name)
-        if show:
-            show.ended(state)
+        if shown:
+            shown.ended(state)
         return _as_prefect(state)
 
     kind = execution.plan.steps[name].node.kind
-    return task(name=name, task_run_name=name, description=kind.summary, tags=[kind.name], persist_result=False)(
-        run_step
-    )
+    make = task(name=name, task_run_name=name, description=kind.summary, tags=[kind.name], persist_result=False)
+    return make(run_step)
 
 
 def _as_prefect(state: StepState) -> State:
@@ -87,29 +109,3 @@ def _as_prefect(state: StepState) -> State:
         return Failed(message=state.message)
     logger.info("%s: %s in %.1f s", state.planned.name, state.outcome, state.seconds)
     return Completed(name="Cached" if state.outcome == "cached" else "Completed", message=state.message or None)
-
-
-class ProgressArtifacts:
-    """Prefect progress artifacts, one a running step, updated every two seconds at most."""
-
-    def __init__(self) -> None:
-        self._made: dict[str, tuple[Any, float]] = {}
-
-    def show(self, name: str, shown: Mapping[str, Any], now: float) -> None:
-        """Create or update the artifact of a step."""
-        percent = 100 * float(shown.get("done", 0)) / (float(shown.get("total", 0)) or 1)
-        if name not in self._made:
-            key = f"progress-{slug(name)}"
-            made = create_progress_artifact(progress=percent, key=key, description=f"Progress of `{name}`")
-            self._made[name] = (made, now)
-        elif now - self._made[name][1] > 2 or percent >= 100:
-            update_progress_artifact(artifact_id=self._made[name][0], progress=percent)
-            self._made[name] = (self._made[name][0], now)
-
-
-def slug(name: str) -> str:
-    """Return a name as Prefect's artifact keys allow: lower-case letters, digits and dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-__all__ = ["board", "lifecycle", "prepared"]

@@ -11,7 +11,9 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import UUID
 
+from flows.team.state import prefect_url
 from registry.home import Home, silence_telemetry
 from steps.frame import UserError
 from steps.frame.forkserver import die_with_parent
@@ -75,15 +77,17 @@ class LocalServer:
 def prefect_api(home: Home) -> Iterator[tuple[str, threading.Event]]:
     """Yield the API's URL and an event that is set once it answers; a server of our own ends with the context.
 
-    A server named by `PREFECT_API_URL` is used where it answers.
+    A server named by `PREFECT_API_URL`, or the one that `posttrain up` started, is used where it answers.
     """
     ready = threading.Event()
-    url = os.environ.get("PREFECT_API_URL", "")
+    url = os.environ.get("PREFECT_API_URL") or prefect_url(home)
     if url and is_healthy(url):
         ready.set()
+        os.environ["PREFECT_API_URL"] = url
+        os.environ.setdefault("PREFECT_HOME", str(home.root / "prefect"))
         yield url, ready
         return
-    if url:
+    if os.environ.get("PREFECT_API_URL"):
         raise UserError(f"PREFECT_API_URL={url}: no Prefect server answers there; start it, or unset the variable")
     server = LocalServer(home)
     server.start()
@@ -94,6 +98,26 @@ def prefect_api(home: Home) -> Iterator[tuple[str, threading.Event]]:
     finally:
         os.environ.pop("PREFECT_API_URL", None)
         server.stop()
+
+
+def wait_until_recorded(flow_run_id: UUID, tasks: int, timeout: float = 15) -> bool:
+    """Wait until the server holds the end of every task run; return whether it does.
+
+    Clients send the states of task runs as events, which arrive after the flow has ended: a server that is stopped at
+    once would show its last steps as running for ever.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+
+    deadline = time.monotonic() + timeout
+    with get_client(sync_client=True) as client:
+        while True:
+            runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id])))
+            if sum(bool(run.state and run.state.is_final()) for run in runs) >= tasks:
+                return True
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
 
 
 def server_command(port: int) -> list[str]:
@@ -123,10 +147,15 @@ def is_healthy(url: str) -> bool:
         return False
 
 
-def free_port() -> int:
-    """Return a port on loopback that nobody listens on."""
+def free_port(wanted: int = 0) -> int:
+    """Return a port on loopback that nobody listens on: the wanted one where it is free."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        try:
+            # As servers do: a port whose last connections are still closing counts as free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", wanted))
+        except OSError:
+            return free_port()
         return int(probe.getsockname()[1])
 
 

@@ -267,9 +267,12 @@ def _compare(gate: Gate, member: str, evidence: Evidence, champion: Evidence, ch
 
 
 def _pairs(ours: Sequence[Row], theirs: Sequence[Row], field: str) -> list[tuple[Row, Row]]:
-    """Return candidate and champion rows of the samples on which the champion has a value."""
+    """Return candidate and champion rows of the samples on which the champion has a value.
+
+    A candidate's null says that the sample was not asked for, as only some rows are answered; NaN is a value.
+    """
     by_sample = {row["sample"]: row for row in theirs if _finite(row[field])}
-    return [(row, by_sample[row["sample"]]) for row in ours if row["sample"] in by_sample]
+    return [(row, by_sample[row["sample"]]) for row in ours if row["sample"] in by_sample and row[field] is not None]
 
 
 def _bootstrapped(

@@ -156,7 +156,8 @@ def _open(home: Home) -> "MlflowClient":
         _probe(uri)
     elif not re.match(r"(sqlite|postgresql|mysql|mssql)(\+\w+)?:", uri):
         raise RegistryError(
-            f"MLFLOW_TRACKING_URI is `{uri}`; name a server (http://HOST:PORT) or a database (sqlite:////PATH/mlflow.db)"
+            f"MLFLOW_TRACKING_URI is `{uri}`; "
+            "name a server (http://HOST:PORT) or a database (sqlite:////PATH/mlflow.db)"
         )
     home.root.mkdir(parents=True, exist_ok=True)
 

@@ -187,6 +187,41 @@ def schema(
         to.write_text(text, encoding="utf-8")
 
 
+@app.command()
+def up() -> None:
+    """Start Prefect, MLflow and a worker on this machine, with the deployments of infra/prefect.yaml."""
+    from flows.team.up import up as start
+    from registry.home import Home
+
+    out = console()
+    start(Home.from_environment(), lambda line: out.print(line, highlight=False, soft_wrap=True))
+
+
+@app.command()
+def down() -> None:
+    """Stop them, with every run that the worker has begun; what had finished is kept."""
+    from flows.team.down import down as stop
+    from registry.home import Home
+
+    stopped = stop(Home.from_environment())
+    print("Nothing is up now." + (f" Cut off: {', '.join(stopped)}." if stopped else ""))
+
+
+@app.command()
+def status(as_json: JsonOption = False) -> None:
+    """Show what is up, what is scheduled and how the last runs ended; exit code 1 where something is not up."""
+    from flows.cli.tables import status_tables
+    from flows.team.status import status as read_status
+    from registry.home import Home
+
+    found = read_status(Home.from_environment())
+    if as_json:
+        print_json(found)
+    else:
+        console().print(*status_tables(found), sep="\n")
+    raise typer.Exit(0 if found["up"] else 1)
+
+
 def print_json(value: Any) -> None:
     """Print indented JSON on standard output."""
     print(json.dumps(value, indent=2, default=str))

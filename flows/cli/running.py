@@ -35,7 +35,6 @@ def run_recipe(recipe: str, overrides: Sequence[str], *, publish: bool, console:
         return ending
     names = list(execution.plan.steps)
     board = Board(names, {name: step.node.kind.name for name, step in execution.plan.steps.items()}, console)
-    execution.on_progress = board.progress
     with ExitStack() as stack:
         ending = _under_prefect(execution, board, stack, recipe, overrides, publish)
     console.print(board.render())
@@ -48,7 +47,7 @@ def run_recipe(recipe: str, overrides: Sequence[str], *, publish: bool, console:
 def _under_prefect(
     execution: Execution, board: Board, stack: ExitStack, recipe: str, overrides: Sequence[str], publish: bool
 ) -> Ending:
-    from flows.servers import prefect_api
+    from flows.servers import prefect_api, wait_until_recorded
 
     home = execution.home
     _, ready = stack.enter_context(prefect_api(home))
@@ -63,6 +62,8 @@ def _under_prefect(
     shown.set(board)
     with board.live():
         state = lifecycle(recipe=recipe, overrides=list(overrides), publish=publish, return_state=True)
+    if state.state_details.flow_run_id:
+        wait_until_recorded(state.state_details.flow_run_id, len(execution.plan.steps))
     if execution.ending is None:
         # What broke is no step's failure but our own: show it as the exception it is.
         state.result(raise_on_failure=True)

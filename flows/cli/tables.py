@@ -117,6 +117,27 @@ def describe_kind(kind: StepKind) -> dict[str, Any]:
     }
 
 
+def status_tables(found: Mapping[str, Any]) -> list[Table]:
+    """Draw what is up, the deployments with their schedules, and the last runs."""
+    services = _table("service", "", "pid", "where")
+    for name, service in found["services"].items():
+        state = Text("up", style="green") if service["up"] else Text("down", style="red")
+        services.add_row(Text(name, style="bold"), state, str(service["pid"]), service["url"] or service["log"])
+    if not found["services"]:
+        services.caption = "Nothing is up: `posttrain up` starts it."
+    deployments = _table("deployment", "pool", "recipe", "when", "next")
+    for deployment in found["deployments"]:
+        name, pool = Text(deployment["name"], style="bold"), deployment["pool"]
+        for each in deployment["schedules"] or [None]:
+            when = f"{each['cron']} {each['timezone']}" + ("" if each["active"] else " (paused)") if each else ""
+            deployments.add_row(name, pool, each["recipe"] if each else "", when, (each["next"] or "") if each else "")
+    runs = _table("last runs", "flow", "state", "began", "time", "")
+    for run in found["runs"]:
+        took = duration(run["seconds"])
+        runs.add_row(run["name"], run["flow"], run["state"], run["started"] or "", took, run["message"] or "")
+    return [services, deployments, runs] if found["services"] else [services]
+
+
 def size(count: float) -> str:
     """Write a number of bytes for people.
 

@@ -76,7 +76,7 @@ def measure(contender: Contender, plan: Plan, *, is_reference: bool, report: Rep
         UserError: the model's own tokenizer gives other token ids, or its vocabulary is smaller.
         RuntimeError: its logits are not numbers.
     """
-    context = max(max(len(sample.ids) for sample in plan.samples), _longest_prompt(plan) + plan.new_tokens)
+    context = max(max(sample.end for sample in plan.samples), _longest_prompt(plan) + plan.new_tokens)
     runtime = open_runtime(contender.artifact, dtype=plan.dtype, context=context, threads=plan.threads)
     _check_tokens(contender.name, runtime, plan)
     nll: list[float] = []

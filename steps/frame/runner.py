@@ -30,6 +30,7 @@ def run_step(spec: StepSpec) -> StepResult:
     """
     began = time.perf_counter()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    logging.getLogger("posttrain.frame").info("begins: %s (%s), key %s", spec.name, spec.kind, spec.key[:16])
     try:
         result = _run(spec)
     except UserError as error:

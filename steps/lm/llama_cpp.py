@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _BATCH = 512
-_LEVELS = {2: logging.WARNING, 3: logging.ERROR}
+_LEVELS = {3: logging.WARNING, 4: logging.ERROR}
+"""`enum ggml_log_level`; the lower levels tell of every buffer."""
 
 
 class GgufModel:

@@ -79,7 +79,7 @@ def test_a_damaged_store_is_healed_from_mlflow_or_refused(published: Workshop, t
     linked = next(published.home.mlruns.rglob("model.safetensors"))
     linked.chmod(0o644)
     linked.write_bytes(b"flip" + linked.read_bytes()[4:])
-    with pytest.raises(RegistryError, match="`model.safetensors` of artifact .* is damaged"):
+    with pytest.raises(RegistryError, match=r"`model.safetensors` of artifact .* is damaged"):
         pull(published.home, "pico", "hf", tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
 
@@ -92,7 +92,7 @@ def test_somebodys_files_are_left_alone(published: Workshop, tmp_path: Path) -> 
         pull(published.home, "pico", "hf", to)
     (to / "Q4_K_M.gguf").chmod(0o644)
     (to / "Q4_K_M.gguf").write_bytes(b"mine")
-    with pytest.raises(RegistryError, match="`Q4_K_M.gguf` was changed"):
+    with pytest.raises(RegistryError, match=r"`Q4_K_M\.gguf` was changed"):
         pull(published.home, "pico", "gguf:Q4_K_M", to)
     (to / "artifact.json").unlink()
     with pytest.raises(RegistryError, match="x is not empty; give another directory"):

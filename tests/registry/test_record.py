@@ -4,9 +4,11 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -29,15 +31,17 @@ def curve(path: Path) -> Path:
 
 
 def files_of(workshop: Workshop, run_id: str) -> dict[str, Path]:
-    root = Path(
-        workshop.recorder.tracking.client.get_run(run_id).info.artifact_uri.removeprefix("file://").replace("%20", " ")
-    )
+    root = path_of(workshop.recorder.tracking.client.get_run(run_id).info.artifact_uri)
     return {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
 
 
 def model_file(workshop: Workshop, model_id: str, name: str) -> Path:
-    location = workshop.recorder.tracking.client.get_logged_model(model_id).artifact_location
-    return Path(location.removeprefix("file://").replace("%20", " ")) / name
+    return path_of(workshop.recorder.tracking.client.get_logged_model(model_id).artifact_location) / name
+
+
+def path_of(uri: str | None) -> Path:
+    assert uri
+    return Path(unquote(urlsplit(uri).path))
 
 
 def test_importing_the_registry_leaves_mlflow_and_numpy_alone() -> None:
@@ -75,7 +79,7 @@ def test_a_step_is_recorded_with_everything_it_was(workshop: Workshop, tmp_path:
 
     run = client.get_run(entry.run_id)
     assert run.info.status == "FINISHED"
-    assert run.info.end_time - run.info.start_time == 2500
+    assert (run.info.start_time, run.info.end_time) == (BEGAN.timestamp() * 1000, BEGAN.timestamp() * 1000 + 2500)
     assert run.data.tags["mlflow.parentRunId"] == execution.run_id
     assert run.data.tags["posttrain.key"] == tuned.manifest.key
     assert json.loads(run.data.tags["posttrain.outputs"]) == {"": tuned.digest}
@@ -97,6 +101,8 @@ def test_a_step_is_recorded_with_everything_it_was(workshop: Workshop, tmp_path:
     assert base_entry
     about_base = client.get_logged_model(base_entry.models[""]).metrics or []
     assert ("gguf:Q4_K_M/kl", 0.25) in [(metric.key, metric.value) for metric in about_base]
+    assert run.inputs
+    assert run.outputs
     assert [output.model_id for output in run.outputs.model_outputs] == [entry.models[""]]
     assert [each.model_id for each in run.inputs.model_inputs] == [base_entry.models[""]]
     (dataset,) = run.inputs.dataset_inputs
@@ -288,3 +294,15 @@ def test_bad_tracking_uris_are_one_sentence(tmp_path: Path) -> None:
         Recorder(Home.at(tmp_path, "file:///tmp/mlruns")).warm_up()
     with pytest.raises(RegistryError, match="does not answer"):
         Recorder(Home.at(tmp_path, "http://127.0.0.1:9")).find("0" * 64)
+
+
+def test_steps_are_recorded_side_by_side(workshop: Workshop) -> None:
+    execution = workshop.begin()
+    model = workshop.model()
+    made = [workshop.gguf(model, f"Q{bits}_K") for bits in range(2, 8)]
+    records = [workshop.step(each.gguf_file.stem, each) for each in made for _ in range(2)]
+    with ThreadPoolExecutor(4) as pool:
+        entries = list(pool.map(execution.record, records))
+    assert len({entry.run_id for entry in entries}) == len(made), "the same step recorded twice at once is one run"
+    runs = list(workshop.recorder.tracking.runs("tags.`posttrain.role` = 'step'"))
+    assert [run.info.status for run in runs] == ["FINISHED"] * len(made)

@@ -85,6 +85,7 @@ def test_what_one_machine_publishes_another_finds_fetches_and_pulls(server: str,
 
     recorder = Recorder(there)
     entry = recorder.find(member.key)
+    assert entry
     assert entry == here.recorder.index.get(member.key)
     assert recorder.index.get(member.key) == entry, "what was found is indexed"
     assert recorder.fetch(member.digest, entry).size == member.size
@@ -101,6 +102,7 @@ def test_what_one_machine_publishes_another_finds_fetches_and_pulls(server: str,
     assert (tmp_path / "pulled" / "tokenizer" / "vocab.json").read_bytes() == b"{}"
     assert not (tmp_path / "third" / "artifacts").exists()
     run = recorder.tracking.client.get_run(member.run_id)
+    assert run.inputs
     assert [each.model_id for each in run.inputs.model_inputs] == [release.members[0].model_id]
 
 

@@ -5,12 +5,11 @@ import json
 import shutil
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 from registry.home import Home
 from registry.record import Execution, Recorder, StepRecord
-from steps.artifacts import Artifact, Manifest, Parent, digest_tree
+from steps.artifacts import Artifact, Dataset, Manifest, Parent, Quantized, Report, digest_tree
 
 BEGAN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 MODEL_FACTS: dict[str, Any] = {
@@ -84,21 +83,27 @@ class Workshop:
         files = {"model.safetensors": content * 1000, "config.json": b"{}", "tokenizer/vocab.json": b"{}"}
         return self.make("Model", files, MODEL_FACTS, **more)
 
-    def gguf(self, model: Artifact[Any], scheme: str) -> Artifact[Any]:
+    def gguf(self, model: Artifact[Any], scheme: str) -> Quantized:
         files = {f"{scheme}.gguf": model.digest.encode() * 1000 + scheme.encode()}
-        return self.make("Quantized", files, quantized_facts("gguf", scheme), {"model": model}, "quantize.gguf")
+        made = self.make("Quantized", files, quantized_facts("gguf", scheme), {"model": model}, "quantize.gguf")
+        assert isinstance(made, Quantized)
+        return made
 
     def gptq(self, model: Artifact[Any], scheme: str = "Int4-g128") -> Artifact[Any]:
         files = {"model.safetensors": model.digest.encode() + scheme.encode(), "quantize_config.json": b"{}"}
         return self.make("Quantized", files, quantized_facts("gptq", scheme), {"model": model}, "quantize.gptq")
 
-    def dataset(self, rows: int = 3) -> Artifact[Any]:
+    def dataset(self, rows: int = 3) -> Dataset:
         lines = "".join(json.dumps({"id": str(row)}) + "\n" for row in range(rows))
         facts = {"rows": rows, "format": "messages", "template_sha256": None, "statistics": {"tokens": 5.0}}
-        return self.make("Dataset", {"rows.jsonl": lines.encode()}, facts, step="data.prepare", output="train")
+        made = self.make("Dataset", {"rows.jsonl": lines.encode()}, facts, step="data.prepare", output="train")
+        assert isinstance(made, Dataset)
+        return made
 
-    def report(self, metrics: Mapping[str, float], rows: str = "") -> Artifact[Any]:
-        return self.make("Report", {"rows.jsonl": rows.encode()}, {"metrics": metrics}, step="evaluate.compare")
+    def report(self, metrics: Mapping[str, float], rows: str = "") -> Report:
+        made = self.make("Report", {"rows.jsonl": rows.encode()}, {"metrics": metrics}, step="evaluate.compare")
+        assert isinstance(made, Report)
+        return made
 
     def step(
         self, name: str, *made: Artifact[Any], inputs: Mapping[str, Artifact[Any]] | None = None, **more: Any

@@ -1,0 +1,156 @@
+"""Recipes: what is read, and what is refused in one sentence that names file, line and key."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flows.graph import Graph
+from flows.recipe import load_recipe
+from steps.frame import UserError
+
+Build = Callable[..., Graph]
+
+
+def refusal(build: Build, *changes: tuple[str, str], overrides: tuple[str, ...] = ()) -> str:
+    with pytest.raises(UserError) as caught:
+        build(*changes, overrides=overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_graph_connects_what_the_recipe_names(recipe: Build) -> None:
+    graph = recipe()
+    assert list(graph.nodes) == ["base", "data", "sft", "merged", "gguf[Q8_0]", "gguf[F16]"]
+    assert graph.nodes["merged"].parents == ["sft", "base"]
+    assert graph.nodes["data"].parents == ["base"]
+    assert graph.nodes["sft"].config.model_dump()["seed"] == 3
+
+
+def test_matrix_fans_out_and_a_list_fans_in(recipe: Build) -> None:
+    quality = (
+        "  quality: {uses: evaluate.compare, reference: merged, candidates: [base, gguf], data: data.eval}\npublish"
+    )
+    graph = recipe(("publish", quality))
+    node = graph.nodes["quality"]
+    assert [ref.step for ref in node.edges["candidates"]] == ["base", "gguf[Q8_0]", "gguf[F16]"]
+    assert node.config.model_dump()["names"] == ("base", "gguf[Q8_0]", "gguf[F16]")
+    assert node.config.model_dump()["reference_name"] == "merged"
+
+
+def test_unknown_key_names_line_and_nearest(recipe: Build) -> None:
+    message = refusal(recipe, ("batch_size: 4", "batchsize: 4"))
+    assert "small.yaml:7: steps.sft.batchsize: unknown key; did you mean `batch_size`?" in message
+
+
+def test_unknown_key_inside_an_adapter(recipe: Build) -> None:
+    message = refusal(recipe, ("max_steps: 4", "adapter: {kind: lora, rnak: 8}"))
+    assert "rnak: unknown key; did you mean `rank`?" in message
+
+
+def test_unknown_key_at_the_top(recipe: Build) -> None:
+    assert "sede: unknown key; did you mean `seed`?" in refusal(recipe, ("seed: 3", "sede: 3"))
+
+
+def test_wrong_value_is_shown(recipe: Build) -> None:
+    message = refusal(recipe, ("max_steps: 4", "max_steps: many"))
+    assert "steps.sft.max_steps" in message
+    assert "'many'" in message
+
+
+def test_unknown_step_kind(recipe: Build) -> None:
+    message = refusal(recipe, ("train.sft", "train.stf"))
+    assert "steps.sft.uses: unknown step kind `train.stf`; did you mean `train.sft`?" in message
+
+
+def test_missing_input(recipe: Build) -> None:
+    assert "steps.sft.model: this key is required" in refusal(recipe, ("model: base, data", "data"))
+
+
+def test_unknown_reference(recipe: Build) -> None:
+    message = refusal(recipe, ("adapter: sft}", "adapter: stf}"))
+    assert "steps.merged.adapter: there is no step `stf`; did you mean `sft`?" in message
+
+
+def test_unknown_output(recipe: Build) -> None:
+    message = refusal(recipe, ("data: data.train", "data: data.trian"))
+    assert "`data.trian` does not exist; did you mean `data.train`?" in message
+
+
+def test_wrong_kind_names_both_ends_and_what_would_fit(recipe: Build) -> None:
+    message = refusal(recipe, ("model: merged, matrix", "model: sft, matrix"))
+    assert "quantize.gguf takes a Model here, `sft` (train.sft) gives a Adapter; `merged` would fit" in message
+
+
+def test_gguf_offered_to_a_trainer(recipe: Build) -> None:
+    more = "  again: {uses: train.sft, model: 'gguf[Q8_0]', data: data.train}\npublish"
+    message = refusal(recipe, ("publish", more))
+    assert "train.sft takes a Model here, `gguf[Q8_0]` (quantize.gguf) gives a Quantized" in message
+
+
+def test_matrix_step_where_one_is_wanted(recipe: Build) -> None:
+    more = "  again: {uses: train.sft, model: gguf, data: data.train}\npublish"
+    assert "`gguf` is a matrix of 2 steps; name one: `gguf[Q8_0]` or `gguf[F16]`" in refusal(recipe, ("publish", more))
+
+
+def test_adapter_merged_onto_another_base(recipe: Build) -> None:
+    change = ("merged: {uses: merge.adapter, adapter: sft}", "other: {uses: model.pico, seed: 9}\n  merged: {uses: merge.adapter, adapter: sft, base: other}")  # fmt: skip
+    assert "`other` is not what `sft` was trained on; that is `base`" in refusal(recipe, change)
+
+
+def test_cycle(recipe: Build) -> None:
+    message = refusal(recipe, ("model: base, data", "model: merged, data"))
+    assert "the steps form a cycle: " in message
+    assert "sft → merged → sft" in message or "merged → sft → merged" in message
+
+
+def test_key_given_twice(recipe: Build) -> None:
+    assert "small.yaml:5: `seed` is given twice, first on line 4" in refusal(recipe, ("seed: 3", "seed: 3\nseed: 4"))
+
+
+def test_malformed_yaml_names_the_line(recipe: Build) -> None:
+    assert ": not valid YAML" in refusal(recipe, ("seed: 3", "seed: [3"))
+
+
+def test_published_member_must_exist(recipe: Build) -> None:
+    assert "publish.members.1: no step `ggfu`; did you mean `gguf`?" in refusal(
+        recipe, ("[merged, gguf]", "[merged, ggfu]")
+    )
+
+
+def test_gate_needs_a_report(recipe: Build) -> None:
+    change = ("members: [merged, gguf]}", "members: [merged], gates: [{metric: data.score, at_least: 0.5}]}")
+    assert "publish.gates.0.metric: no report step `data`" in refusal(recipe, change)
+
+
+def test_set_overrides_and_says_what_it_does_not_know(recipe: Build) -> None:
+    graph = recipe(overrides=("steps.sft.max_steps=9", "seed=8"))
+    assert graph.nodes["sft"].config.model_dump()["max_steps"] == 9
+    assert graph.nodes["sft"].config.model_dump()["seed"] == 8
+    assert "did you mean `sft`?" in refusal(recipe, overrides=("steps.stf.max_steps=9",))
+    assert "write path=value" in refusal(recipe, overrides=("steps.sft",))
+
+
+def test_variables(recipe: Build) -> None:
+    graph = recipe(("seed: 3", "seed: 3\nvars: {most: 7}"), ("max_steps: 4", "max_steps: '${vars.most}'"))
+    assert graph.nodes["sft"].config.model_dump()["max_steps"] == 7
+    assert "vars.mots" in refusal(recipe, ("max_steps: 4", "max_steps: '${vars.mots}'"))
+
+
+def test_extends_merges_and_null_removes(write: Callable[[str, str], Path]) -> None:
+    write("below.yaml", "name: below\nsteps:\n  one: {uses: model.pico, layers: 2}\n  two: {uses: model.pico}\n")
+    path = write("above.yaml", "extends: below.yaml\nname: above\nsteps:\n  one: {layers: 3}\n  two: null\n")
+    loaded = load_recipe(path)
+    assert loaded.recipe.name == "above"
+    assert list(loaded.recipe.steps) == ["one"]
+    assert loaded.recipe.steps["one"].config == {"layers": 3}
+
+
+def test_extends_refuses_a_circle_and_a_missing_file(write: Callable[[str, str], Path]) -> None:
+    write("a.yaml", "extends: b.yaml\nname: a\n")
+    path = write("b.yaml", "extends: a.yaml\nname: b\n")
+    with pytest.raises(UserError, match="extends this recipe in turn"):
+        load_recipe(path)
+    with pytest.raises(UserError, match="there is no"):
+        load_recipe(write("c.yaml", "extends: none.yaml\nname: c\n"))
