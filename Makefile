@@ -1,6 +1,7 @@
 # posttrain: `make run` does the main job, `make test` proves it; both set themselves up.
 RECIPE ?= quickstart
 FAMILY ?= smollm2-stdlib
+BENCH ?= pico
 FORMAT ?= gguf:Q4_K_M
 TO ?= ./pulled
 posttrain := .venv/bin/posttrain
@@ -41,7 +42,7 @@ format: setup ## Format the code
 	@.venv/bin/ruff format .
 
 bench: setup ## Measure our overhead beside the bare libraries, in one run
-	@.venv/bin/python -m tests.bench
+	@.venv/bin/python -m tests.bench $(BENCH)
 
 up: setup ## Start Prefect, MLflow and a worker on this machine
 	@$(posttrain) up

@@ -10,7 +10,6 @@ from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, wait
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
-from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.ending import Ending
 from flows.execution import Execution, StepState
@@ -27,22 +26,13 @@ prepared: ContextVar[Execution | None] = ContextVar("prepared", default=None)
 board: ContextVar[Board | None] = ContextVar("board", default=None)
 """What shows the run on a terminal; None where there is none."""
 
-STEPS_AT_ONCE = 16
-"""Tasks that may be begun; how many really run is up to the machine's cores, see `flows.execution.Slots`."""
-
 
 def run_name() -> str:
     """Return the recipe's name, by which the UI lists a run; a recipe may be given as a path."""
     return Path(flow_run.parameters["recipe"]).stem
 
 
-@flow(
-    name="lifecycle",
-    flow_run_name=run_name,
-    task_runner=ThreadPoolTaskRunner(max_workers=STEPS_AT_ONCE),  # pyright: ignore[reportArgumentType]
-    persist_result=False,
-    result_serializer="json",
-)
+@flow(name="lifecycle", flow_run_name=run_name, persist_result=False, result_serializer="json")
 def lifecycle(recipe: str, overrides: Sequence[str] = (), publish: bool = True) -> State:
     """Run a recipe from its data to a published family.
 

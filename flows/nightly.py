@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
-from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.ending import Ending
-from flows.lifecycle import STEPS_AT_ONCE, run_name, run_steps
+from flows.lifecycle import run_name, run_steps
 from flows.prefect_artifacts import show_unchanged
 from flows.prepare import prepare
 from flows.publication import is_current
@@ -16,13 +15,7 @@ from registry.errors import RegistryError
 from steps.frame import UserError
 
 
-@flow(
-    name="nightly",
-    flow_run_name=run_name,
-    task_runner=ThreadPoolTaskRunner(max_workers=STEPS_AT_ONCE),  # pyright: ignore[reportArgumentType]
-    persist_result=False,
-    result_serializer="json",
-)
+@flow(name="nightly", flow_run_name=run_name, persist_result=False, result_serializer="json")
 def nightly(recipe: str, overrides: Sequence[str] = ()) -> State:
     """Run a recipe where its data, its settings or a library changed since its last publication.
 

@@ -124,7 +124,9 @@ def server_command(port: int) -> list[str]:
     """Return the command that serves Prefect's API and UI on loopback."""
     app = "prefect.server.api.server:create_app"
     where = ["--host", "127.0.0.1", "--port", str(port)]
-    return [sys.executable, "-m", "uvicorn", "--factory", app, *where, "--log-level", "warning"]
+    # A client that keeps its connection open must not hold up the end.
+    ending = ["--timeout-graceful-shutdown", "2"]
+    return [sys.executable, "-m", "uvicorn", "--factory", app, *where, *ending, "--log-level", "warning"]
 
 
 def server_environment(folder: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -217,8 +217,10 @@ def status(as_json: JsonOption = False) -> None:
     found = read_status(Home.from_environment())
     if as_json:
         print_json(found)
-    else:
+    elif found["services"]:
         console().print(*status_tables(found), sep="\n")
+    else:
+        print("Nothing is up; `posttrain up` starts it.")
     raise typer.Exit(0 if found["up"] else 1)
 
 

@@ -97,7 +97,7 @@ def describe_kind(kind: StepKind) -> dict[str, Any]:
         extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
         if "names_of" in extra:
             continue
-        default = "required" if info.is_required() else str(extra.get("follows") or info.get_default())
+        default = "required" if info.is_required() else str(extra.get("follows") or info.get_default(call_default_factory=True))
         taken = " | ".join(each.kind for each in edge.kinds) + (" ..." if edge.many else "") if edge else ""
         annotation = getattr(info.annotation, "__name__", None) if not hasattr(info.annotation, "__args__") else None
         keys[name] = {
@@ -123,8 +123,6 @@ def status_tables(found: Mapping[str, Any]) -> list[Table]:
     for name, service in found["services"].items():
         state = Text("up", style="green") if service["up"] else Text("down", style="red")
         services.add_row(Text(name, style="bold"), state, str(service["pid"]), service["url"] or service["log"])
-    if not found["services"]:
-        services.caption = "Nothing is up: `posttrain up` starts it."
     deployments = _table("deployment", "pool", "recipe", "when", "next")
     for deployment in found["deployments"]:
         name, pool = Text(deployment["name"], style="bold"), deployment["pool"]
@@ -135,7 +133,7 @@ def status_tables(found: Mapping[str, Any]) -> list[Table]:
     for run in found["runs"]:
         took = duration(run["seconds"])
         runs.add_row(run["name"], run["flow"], run["state"], run["started"] or "", took, run["message"] or "")
-    return [services, deployments, runs] if found["services"] else [services]
+    return [services, deployments, runs]
 
 
 def size(count: float) -> str:

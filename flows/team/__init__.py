@@ -1,1 +1,1 @@
-"""The team on one machine: a Prefect server, an MLflow server and a worker that outlive the command that started them."""
+"""The team on one machine: Prefect, MLflow and a worker, which outlive the command that starts them."""

@@ -31,6 +31,7 @@ def up(home: Home, say: Callable[[str], None]) -> Team:
         UserError: a process did not start, or `infra/prefect.yaml` or a recipe's schedule is wrong.
     """
     silence_telemetry()
+    _check_deployments()
     with Index(home.index).lock("team"):
         team = Team.read(home)
         if team and team.complete:
@@ -69,6 +70,14 @@ def _start(home: Home, say: Callable[[str], None]) -> Team:
     _wait_for_worker(team)
     say("Worker   polls the pool `local`, one recipe at a time")
     return team
+
+
+def _check_deployments() -> None:
+    """Refuse a wrong file or schedule before anything starts."""
+    from flows.team.deployments import nightly_schedules, read_deployments
+
+    read_deployments()
+    nightly_schedules()
 
 
 def _start_prefect(home: Home) -> Running:

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from steps.artifacts import Dataset, Draft, Model, Quantized, Report, ReportFacts
 from steps.frame import Input, Job, NamesOf, Resources, StepConfig, UserError, step
+from steps.frame.hardware import fast_dtype
 from steps.lm.checkpoint import Dtype, load_tokenizer
 from steps.lm.rows import write_jsonl
 
@@ -43,7 +44,7 @@ class Compare(StepConfig):
     """Longest greedy answer."""
     score: Literal["rouge_l", "exact"] = "rouge_l"
     """How an answer is held against the one in the data."""
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = Field(default_factory=fast_dtype)
     """Precision in which transformers runs; the output layer and all that follows is float32.
 
     In `bfloat16` a model diverges from its own float32 self by some 0.001 nats: below that, KL says nothing.

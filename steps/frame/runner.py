@@ -57,7 +57,7 @@ def _run(spec: StepSpec) -> StepResult:
     kind = load_kind(spec.kind)
     config, parents = _resolve(kind, spec)
     job = Job(spec)
-    _limit_threads(job.cpus)
+    limit_threads(job.cpus)
     ready = time.perf_counter()
     returned = kind.run(config, job)
     done = time.perf_counter()
@@ -117,7 +117,7 @@ def _check_outputs(kind: StepKind, config: StepConfig, drafts: Mapping[str, Draf
         raise TypeError(f"{kind.name} must return {declared}, it returned {found}")
 
 
-def _limit_threads(cpus: int) -> None:
+def limit_threads(cpus: int) -> None:
     """Fix the number of threads, so that results do not depend on what else runs on the machine."""
     os.environ["OMP_NUM_THREADS"] = str(cpus)
     os.environ["RAYON_NUM_THREADS"] = str(cpus)

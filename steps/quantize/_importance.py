@@ -4,10 +4,8 @@ llama.cpp weighs the rounding error of column j of a matrix by the mean of x_j^2
 Source: `llama-imatrix`, https://github.com/ggml-org/llama.cpp/tree/master/tools/imatrix
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
-
-from steps.frame.job import Job
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def importance_matrix(
-    model: "PreTrainedModel", rows: Sequence[Sequence[int]], tensors: Mapping[str, str], job: Job
+    model: "PreTrainedModel",
+    rows: Sequence[Sequence[int]],
+    tensors: Mapping[str, str],
+    progress: Callable[[int, int], None],
 ) -> "dict[str, NDArray[np.float32]]":
     """Run the rows, one at a time, through the model's body and return the mean square input of each linear layer.
 
@@ -27,6 +28,7 @@ def importance_matrix(
         model: in the precision to run in.
         rows: token ids.
         tensors: GGUF name of each checkpoint tensor.
+        progress: called with the rows done and the rows in all.
 
     Returns:
         GGUF tensor name -> float32 of shape (input channels,).
@@ -50,7 +52,7 @@ def importance_matrix(
             for index, ids in enumerate(rows):
                 model.base_model(input_ids=torch.tensor([list(ids)]), use_cache=False)
                 tokens += len(ids)
-                job.progress(index + 1, len(rows), "rows of the importance matrix")
+                progress(index + 1, len(rows))
     finally:
         for handle in handles:
             handle.remove()

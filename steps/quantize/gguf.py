@@ -80,7 +80,10 @@ def quantize_gguf(config: QuantizeGguf, job: Job) -> Draft:
     if texts and config.scheme not in _UNWEIGHTED:
         with _timed(job, "importance"):
             rows = calibration_ids(texts, tokenizer, config.calibration_tokens)
-            importance = importance_matrix(load_model(model.path, "bfloat16"), rows, names, job)
+            source = load_model(model.path, "bfloat16")
+            importance = importance_matrix(
+                source, rows, names, lambda done, total: job.progress(done, total, "rows of the importance matrix")
+            )
     with GgufModel(converted, context=16, threads=job.cpus) as plain:
         unmarked = sorted(set(model.facts.stop_token_ids) - plain.stop_token_ids)
     out = job.output()

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from steps.artifacts import Adapter, AdapterFacts, Artifact, Dataset, Draft, Model
 from steps.frame import Input, Job, Resources, StepConfig, UserError, step
+from steps.frame.hardware import fast_dtype
 from steps.lm.chat import conversation
 from steps.lm.checkpoint import Dtype, load_model, load_tokenizer, model_facts, save_model
 from steps.lm.rows import read_jsonl
@@ -62,8 +63,9 @@ class TrainSft(StepConfig):
     max_grad_norm: float = Field(default=1.0, gt=0)
     max_tokens: int = Field(default=1024, ge=8)
     """Longer rows are cut at the end."""
-    dtype: Dtype = "bfloat16"
-    """Of the frozen weights (LoRA) or of the forward pass (full; the trained weights are float32)."""
+    dtype: Dtype = Field(default_factory=fast_dtype)
+    """Of the frozen weights (LoRA) or of the forward pass (full; the trained weights are float32); unset, what this
+    machine is fastest in."""
     checkpoint_steps: int = Field(default=50, ge=1)
     """A crash loses at most so many optimizer steps."""
     seed: int = 0

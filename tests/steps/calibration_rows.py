@@ -1,15 +1,15 @@
 """A published data set of conversations for tests that calibrate, made from the interpreter's own docstrings."""
 
 import inspect
-import json
 import statistics
 import textwrap
-from pathlib import Path
+from typing import Any
 
 from steps.artifacts import Dataset, DatasetFacts, Manifest, Store, digest_tree
+from steps.lm.rows import write_jsonl
 
 
-def conversations() -> list[dict[str, object]]:
+def conversations() -> list[dict[str, Any]]:
     """Questions about functions of two modules, answered by their docstrings."""
     rows = []
     for module in (statistics, textwrap):
@@ -21,11 +21,11 @@ def conversations() -> list[dict[str, object]]:
     return rows
 
 
-def publish_conversations(store: Store, staging: Path) -> Dataset:
+def publish_conversations(store: Store) -> Dataset:
     """Publish them as a step `data.prepare` would."""
-    rows = conversations()
+    staging = store.root / ".calibration-rows"
     staging.mkdir(parents=True)
-    (staging / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    count = write_jsonl(staging / "rows.jsonl", conversations())
     tree = digest_tree(staging)
     manifest = Manifest(
         kind="Dataset",
@@ -37,7 +37,7 @@ def publish_conversations(store: Store, staging: Path) -> Dataset:
         key="0" * 64,
         config={},
         libraries={},
-        facts=DatasetFacts(rows=len(rows), format="messages").model_dump(mode="json"),
+        facts=DatasetFacts(rows=count, format="messages").model_dump(mode="json"),
     )
     published = store.publish(staging, manifest)
     assert isinstance(published, Dataset)

@@ -1,0 +1,77 @@
+"""A plain script: the same libraries in the same order, one process, no keys, digests, Prefect or MLflow.
+
+`python -m tests.bench.plain RECIPE DIRECTORY` prints the seconds of each step as JSON.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from flows.graph import Node, build_graph
+from flows.prepare import recipe_path
+from flows.recipe import load_recipe
+from steps.artifacts import Artifact, Draft, Manifest
+from steps.frame import Job, Ref
+from steps.frame.keys import plain_config
+from steps.frame.runner import limit_threads
+from steps.frame.spec import StepSpec
+
+
+def main(recipe: str, folder: Path, overrides: list[str]) -> dict[str, float]:
+    """Run every step of a recipe in this process; return seconds by step."""
+    graph = build_graph(load_recipe(recipe_path(recipe), overrides))
+    made: dict[Ref, Artifact[Any]] = {}
+    seconds = {}
+    for node in graph.nodes.values():
+        began = time.perf_counter()
+        for name, draft in _run(node, made, folder).items():
+            made[Ref(node.name, name)] = _unpublished(node, name, draft)
+        seconds[node.name] = time.perf_counter() - began
+    return seconds
+
+
+def _run(node: Node, made: dict[Ref, Artifact[Any]], folder: Path) -> dict[str, Draft]:
+    values: dict[str, Any] = plain_config(node.kind, node.config)
+    for name, refs in node.edges.items():
+        values[name] = [made[ref] for ref in refs] if node.kind.edges[name].many else made[refs[0]]
+    work = folder / node.name
+    work.mkdir(parents=True)
+    spec = StepSpec(
+        name=node.name,
+        kind=node.kind.name,
+        key="",
+        config={},
+        inputs={},
+        work=work,
+        store=folder / "artifacts",
+        cache=folder / "cache",
+        resources=node.resources,
+    )
+    job = Job(spec)
+    limit_threads(job.cpus)
+    returned = node.kind.run(node.kind.config.model_validate(values), job)
+    return {"": returned} if isinstance(returned, Draft) else dict(returned)
+
+
+def _unpublished(node: Node, output: str, draft: Draft) -> Artifact[Any]:
+    """Hand a draft on as it lies, with a manifest that digests nothing."""
+    manifest = Manifest(
+        kind=draft.kind.kind,
+        tree="",
+        files={},
+        parents={},
+        step=node.kind.name,
+        output=output,
+        key=node.name,
+        config={},
+        libraries={},
+        facts=draft.facts.model_dump(mode="json"),
+    )
+    return draft.kind(draft.path, manifest)
+
+
+if __name__ == "__main__":
+    (Path(sys.argv[2]) / "cache").mkdir(parents=True, exist_ok=True)
+    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])))
