@@ -97,7 +97,11 @@ def describe_kind(kind: StepKind) -> dict[str, Any]:
         extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
         if "names_of" in extra:
             continue
-        default = "required" if info.is_required() else str(extra.get("follows") or info.get_default(call_default_factory=True))
+        default = (
+            "required"
+            if info.is_required()
+            else str(extra.get("follows") or info.get_default(call_default_factory=True))
+        )
         taken = " | ".join(each.kind for each in edge.kinds) + (" ..." if edge.many else "") if edge else ""
         annotation = getattr(info.annotation, "__name__", None) if not hasattr(info.annotation, "__args__") else None
         keys[name] = {

@@ -36,8 +36,10 @@ def run_step(spec: StepSpec) -> StepResult:
     except UserError as error:
         result = StepResult(status="refused", message=str(error))
     except Exception as error:
+        # Where the disk is full, the log and the result need the room that the half-made output takes.
+        shutil.rmtree(spec.work / "staging", ignore_errors=True)
         traceback.print_exc()
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = _is_disk_full(error)
         result = StepResult(status="refused", message=_disk_full(spec)) if full else _failed(error)
     if result.status != "finished":
         shutil.rmtree(spec.work / "staging", ignore_errors=True)
@@ -126,8 +128,20 @@ def limit_threads(cpus: int) -> None:
         sys.modules["torch"].set_num_threads(cpus)
 
 
+def _is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is a full disk; libraries in Rust and C++ only say so in words."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _disk_full(spec: StepSpec) -> str:
-    full = min((spec.work, spec.store.parent, spec.cache), key=lambda path: shutil.disk_usage(path).free)
+    places = (path for path in (spec.work, spec.store.parent, spec.cache) if path.exists())
+    full = min(places, key=lambda path: shutil.disk_usage(path).free)
     free = shutil.disk_usage(full).free
     return (
         f"step `{spec.name}`: the disk that holds {full} is full ({free / 1e6:.0f} MB left); free some space and run "

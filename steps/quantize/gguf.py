@@ -25,7 +25,7 @@ Scheme = Literal[
 ]  # fmt: skip
 _UNWEIGHTED = ("F16", "BF16", "Q8_0")
 """Schemes whose rounding no importance matrix changes."""
-_NEEDS_WEIGHTS = ("IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS")
+_NEEDS_WEIGHTS = ("IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS")
 """Schemes that llama.cpp refuses to make without an importance matrix."""
 
 _SENTENCES = (

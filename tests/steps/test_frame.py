@@ -1,10 +1,202 @@
-"""The frame: a step runs in its own process, publishes, and its digest is the same twice."""
+"""The frame: a step runs in its own process, publishes whole or not at all, and its digest is the same twice."""
 
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import pytest
 
-def test_pico_model_is_published_with_its_facts(bench: Any, pico: Any) -> None:
+from steps.artifacts import Manifest, Store, digest_tree
+from steps.frame import Resources, StepConfig, all_kinds, load_kind
+from steps.frame.config import edges_of
+from steps.frame.launch import Launcher, run_in_fresh_interpreter
+from steps.frame.spec import StepSpec
+from tests.conftest import Bench
+
+TINY = {"hidden": 32, "layers": 1, "vocabulary": 300, "pretrain_steps": 2}
+
+
+def staged(root: Path, content: dict[str, bytes]) -> Manifest:
+    for name, data in content.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    tree = digest_tree(root)
+    return Manifest(
+        kind="Report",
+        tree=tree.sha256,
+        files=tree.files,
+        parents={},
+        step="test",
+        output="",
+        key="k",
+        config={},
+        libraries={},
+        facts={"metrics": {}},
+    )
+
+
+def spec_of(root: Path, **changes: Any) -> StepSpec:
+    config = load_kind("model.pico").config.model_validate(TINY).model_dump(mode="json")
+    values = {
+        "name": "tiny",
+        "kind": "model.pico",
+        "key": "0" * 64,
+        "config": config,
+        "inputs": {},
+        "work": root / "work",
+        "store": root / "artifacts",
+        "cache": root / "cache",
+        "resources": Resources(cpus=1),
+    }
+    return StepSpec.model_validate({**values, **changes})
+
+
+def test_tree_digest_is_what_sha256sum_prints(tmp_path: Path) -> None:
+    staged(tmp_path, {"a.txt": b"one", "sub/b.txt": b"two", "sub/a.txt": b""})
+    line = "find . -type f -printf '%P\\n' | LC_ALL=C sort | xargs sha256sum | sha256sum"
+    printed = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert digest_tree(tmp_path).sha256 == printed.split()[0]
+
+
+def test_artifact_digest_is_what_sha256sum_prints(tmp_path: Path) -> None:
+    manifest = staged(tmp_path / "staging", {"a.txt": b"one"})
+    artifact = Store(tmp_path / "store").publish(tmp_path / "staging", manifest)
+    command = ["sha256sum", str(artifact.path / "artifact.json")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed.split()[0] == artifact.digest == artifact.path.name
+
+
+def test_publishing_again_replaces_what_is_damaged(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    manifest = staged(tmp_path / "one", {"a.txt": b"one"})
+    artifact = store.publish(tmp_path / "one", manifest)
+    (artifact.path / "a.txt").chmod(0o644)
+    (artifact.path / "a.txt").write_bytes(b"0ne")
+    assert store.fault(artifact.digest) == "a.txt was changed"
+    store.publish(tmp_path / "two", staged(tmp_path / "two", {"a.txt": b"one"}))
+    assert store.fault(artifact.digest) is None
+
+
+@pytest.mark.parametrize(
+    ("harm", "fault"),
+    [
+        (lambda path: (path / "a.txt").unlink(), "a.txt is missing"),
+        (lambda path: (path / "b.txt").write_bytes(b""), "b.txt does not belong to it"),
+        (lambda path: (path / "artifact.json").write_bytes(b"{}"), "artifact.json is damaged"),
+    ],
+)
+def test_every_kind_of_damage_is_seen(tmp_path: Path, harm: Any, fault: str) -> None:
+    store = Store(tmp_path / "store")
+    artifact = store.publish(tmp_path / "one", staged(tmp_path / "one", {"a.txt": b"one"}))
+    for path in artifact.path.iterdir():
+        path.chmod(0o644)
+    harm(artifact.path)
+    assert store.fault(artifact.digest) == fault
+
+
+def test_a_symbolic_link_is_no_content(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("/etc/passwd")
+    with pytest.raises(ValueError, match="symbolic link"):
+        digest_tree(tmp_path)
+
+
+def test_pico_model_is_published_with_its_facts(bench: Bench, pico: Any) -> None:
     assert pico.kind == "Model"
     assert 0.5e6 < pico.facts.parameters < 2e6
     assert pico.facts.template_sha256
     assert bench.store.fault(pico.digest) is None
+
+
+def test_same_step_gives_the_same_digest_in_any_process(bench: Bench, tmp_path: Path) -> None:
+    forked = bench.launcher.run(spec_of(tmp_path / "forked"))
+    fresh = run_in_fresh_interpreter(spec_of(tmp_path / "fresh"))
+    assert forked.status == fresh.status == "finished", forked.message + fresh.message
+    assert forked.outputs == fresh.outputs
+    assert forked.peak_memory > 100e6
+
+
+def test_what_a_step_prints_is_in_its_log(bench: Bench, tmp_path: Path) -> None:
+    spec = spec_of(tmp_path)
+    bench.launcher.run(spec)
+    assert "begins: tiny (model.pico)" in (spec.work / "log.txt").read_text()
+    losses = [json.loads(line) for line in (spec.work / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in losses] == [0, 1]
+
+
+def test_a_step_beyond_its_timeout_is_killed_with_its_group(bench: Bench, tmp_path: Path) -> None:
+    config = load_kind("model.pico").config.model_validate({"pretrain_steps": 100_000}).model_dump(mode="json")
+    spec = spec_of(tmp_path, config=config, resources=Resources(cpus=1, timeout_minutes=0.05))
+    result = bench.launcher.run(spec)
+    assert result.status == "failed"
+    assert "killed after its timeout of 0.05 minutes" in result.message
+    assert not (tmp_path / "artifacts").exists()
+
+
+def test_steps_die_with_their_flow(tmp_path: Path) -> None:
+    launcher = Launcher([], tmp_path / "log.txt")
+    config = load_kind("model.pico").config.model_validate({"pretrain_steps": 100_000}).model_dump(mode="json")
+    spec = spec_of(tmp_path, config=config)
+    code = (
+        "import sys; from pathlib import Path; from steps.frame.launch import Launcher; "
+        "from steps.frame.spec import StepSpec; "
+        "Launcher([], Path(sys.argv[1])).run(StepSpec.model_validate_json(sys.argv[2]))"
+    )
+    launcher.close()
+    import sys
+    import time
+
+    import psutil
+
+    flow = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "log.txt"), spec.model_dump_json()])
+    deadline = time.monotonic() + 60
+    while not (spec.work / "progress.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    family = psutil.Process(flow.pid).children(recursive=True)
+    assert len(family) >= 2
+    flow.kill()
+    flow.wait()
+    gone, alive = psutil.wait_procs(family, timeout=15)
+    assert not alive
+    assert gone
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("mounting a small file system needs root")
+    yield mount
+    subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+def test_full_disk_is_one_sentence_and_leaves_nothing(bench: Bench, small_disk: Path) -> None:
+    config = load_kind("model.pico").config.model_validate({"pretrain_steps": 1}).model_dump(mode="json")
+    result = bench.launcher.run(spec_of(small_disk, config=config))
+    assert result.status == "refused"
+    assert "is full" in result.message
+    assert "\n" not in result.message
+    assert not list(small_disk.glob("artifacts/*"))
+    assert not (small_disk / "work" / "staging").exists()
+
+
+def test_planning_sees_every_kind_without_torch() -> None:
+    code = "import sys; from steps.frame import all_kinds; all_kinds(); print([m for m in ('torch', 'transformers', 'mlflow', 'prefect') if m in sys.modules])"  # noqa: E501
+    import sys
+
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"
+
+
+@pytest.mark.parametrize("kind", all_kinds(), ids=lambda kind: kind.name)
+def test_every_kind_is_documented(kind: Any) -> None:
+    assert issubclass(kind.config, StepConfig)
+    assert kind.summary.endswith(".")
+    assert kind.reference.startswith("https://")
+    assert set(edges_of(kind.config)) == set(kind.edges)

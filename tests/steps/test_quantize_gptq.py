@@ -18,7 +18,6 @@ from steps.lm.checkpoint import load_model, load_tokenizer
 from steps.lm.gptq import dense_state, dequantize, load_gptq
 from steps.quantize.gptq import check_group_size, verify_gptq
 
-
 OWN_LOADER = """
 import json, sys, numpy, torch
 from gptqmodel import BACKEND, GPTQModel
