@@ -3,6 +3,7 @@
 import importlib.metadata
 import platform
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,13 +11,16 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
-from flows.plan import Plan, PlannedStep
+from flows.graph import Node
+from flows.plan import Plan, PlannedStep, environment_python
+from registry.errors import RegistryError
 from registry.family import resolve
 from registry.home import Home
 from registry.index import Entry
 from registry.record import Recorder, StepRecord
+from steps.artifacts import Report
 from steps.frame.keys import plain_config
-from steps.frame.launch import Launcher
+from steps.frame.launch import Launcher, run_in_fresh_interpreter
 from steps.frame.spec import LOG_NAME, METRICS_NAME, PLOTS_NAME, InputSpec, StepResult, StepSpec
 
 if TYPE_CHECKING:
@@ -94,15 +98,16 @@ class Execution:
         step = state.planned
         try:
             if step.status == "cached" and step.entry:
-                state.entry, state.outcome = step.entry, "cached"
-                return state
-            result = step.result if step.status == "record" and step.result else self._launch(step)
-            state.outcome, state.message = result.status, result.message
-            if result.status == "finished":
-                state.entry = self._remember(step, result, state.began)
-            return state
+                self._take(state, step.entry)
+            else:
+                # Two runs of one home wait for each other here, and the second finds what the first made.
+                with self.recorder.index.lock(f"step-{step.key}"):
+                    self._make(state)
+        except (RegistryError, OSError) as error:
+            state.outcome, state.message = "failed", str(error)
         finally:
             state.ended = datetime.now(UTC)
+        return state
 
     def digests(self, name: str) -> Mapping[str, str]:
         """Artifact digest by output name of a finished step."""
@@ -119,9 +124,32 @@ class Execution:
                     self._record.note_cached(state.planned.name, state.entry)
             self._record.finish("FINISHED" if ok else "FAILED")
 
+    def _take(self, state: StepState, entry: Entry) -> None:
+        """Take a finished step; a report that another machine made is fetched, because the gates read it."""
+        for digest in entry.outputs.values():
+            if state.planned.node.outputs.get("") is Report and not self.home.store.has(digest):
+                self.recorder.fetch(digest, entry)
+        state.entry, state.outcome = entry, "cached"
+
+    def _make(self, state: StepState) -> None:
+        """Run a step, or only record it, unless another run of this home has done so since the plan."""
+        step = state.planned
+        made = self.recorder.index.get(step.key)
+        if made and not any(self.home.store.fault(digest) for digest in made.outputs.values()):
+            return self._take(state, made)
+        result = step.result if step.status == "record" and step.result else self._launch(step)
+        state.message = result.message
+        if result.status == "finished":
+            assert state.began is not None
+            state.entry = self._remember(step, result, state.began)
+        state.outcome = result.status
+        return None
+
     def _launch(self, step: PlannedStep) -> StepResult:
-        spec = self.spec(step)
-        with self._slots.taken(step.node.resources.cpus):
+        spec, node = self.spec(step), step.node
+        with self._slots.taken(node.resources.cpus):
+            if prefix := interpreter(node):
+                return run_in_fresh_interpreter(spec, prefix)
             callback = self.on_progress
             return self.launcher.run(spec, (lambda shown: callback(step.name, shown)) if callback else None)
 
@@ -188,6 +216,17 @@ class Execution:
         )
         shutil.rmtree(work / "scratch", ignore_errors=True)
         return entry
+
+
+def interpreter(node: Node) -> list[str]:
+    """Return the command that a step needs instead of the fork server: another environment, or several GPUs.
+
+    An environment NAME is the virtual environment `.venvs/NAME` beside the recipes. Empty where neither is asked for.
+    """
+    python = str(environment_python(node.kind.environment)) if node.kind.environment else sys.executable
+    if node.resources.gpus > 1:
+        return [python, "-m", "accelerate.commands.launch", "--num_processes", str(node.resources.gpus)]
+    return [python] if node.kind.environment else []
 
 
 @dataclass

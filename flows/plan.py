@@ -10,6 +10,7 @@ from registry.errors import RegistryError
 from registry.family import resolve
 from registry.home import Home
 from registry.index import Entry, Index
+from registry.record import Recorder
 from steps.frame import UserError
 from steps.frame.config import sources_of
 from steps.frame.keys import step_key
@@ -123,7 +124,8 @@ class _Known:
     """What the index, the store and the work directories say of a key."""
 
     def __init__(self, index: Index, home: Home, thorough: bool) -> None:
-        self.index = index
+        # Opens embedded MLflow only where the index was lost; asks a server always, which knows what others made.
+        self.recorder = Recorder(home)
         self.home = home
         self.thorough = thorough
         self.entries = index.entries()
@@ -131,11 +133,12 @@ class _Known:
 
     def planned(self, node: Node, key: str) -> PlannedStep:
         step = PlannedStep(node, key, "run", predicted=self.prediction(node))
-        entry = self.index.get(key)
+        entry = self.recorder.find(key)
         if entry is not None:
             fault = self.fault(entry.outputs)
-            if fault is None:
-                return replace(step, status="cached", entry=entry)
+            elsewhere = self.home.has_server and not any(map(self.home.store.has, entry.outputs.values()))
+            if fault is None or elsewhere:
+                return replace(step, status="cached", entry=entry, reason="made elsewhere" if elsewhere else "")
             return replace(step, reason=f"made before, but {fault}")
         work = self.home.work(key)
         if (result := _left_result(work)) and self.fault(result.outputs) is None:
@@ -196,9 +199,19 @@ def _blocked(graph: Graph, step: PlannedStep, home: Home, root: Path) -> Planned
             except UserError as error:
                 where = graph.loaded.file.where(place_of(step.node))
                 return replace(step, status="blocked", reason=f"{where}: {error}")
+    environment = step.node.kind.environment
+    if environment and not environment_python(environment).exists():
+        return replace(
+            step, status="blocked", reason=f"needs the environment {environment_python(environment).parents[1]}"
+        )
     if step.node.resources.gpus > _gpus():
         return replace(step, status="blocked", reason=f"asks for {step.node.resources.gpus} GPUs, here are {_gpus()}")
     return step
+
+
+def environment_python(name: str) -> Path:
+    """Return the interpreter of an environment of a step kind's own."""
+    return Path(".venvs") / name / "bin" / "python"
 
 
 def _gpus() -> int:

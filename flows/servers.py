@@ -101,15 +101,22 @@ def prefect_api(home: Home) -> Iterator[tuple[str, threading.Event]]:
 
 
 def wait_until_recorded(flow_run_id: UUID, tasks: int, timeout: float = 15) -> bool:
-    """Wait until the server holds the end of every task run; return whether it does.
+    """Send what this process still holds, and wait until the server has the end of every task run.
 
-    Clients send the states of task runs as events, which arrive after the flow has ended: a server that is stopped at
-    once would show its last steps as running for ever.
+    Clients send logs and the states of task runs in the background, also after the flow has ended: a server that is
+    stopped at once would show its last steps as running for ever, and this process would try for minutes to reach it.
+
+    Returns:
+        Whether the server has them all.
     """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
 
     deadline = time.monotonic() + timeout
+    for service in (APILogWorker, EventsWorker):
+        service.drain_all(timeout=timeout)
     with get_client(sync_client=True) as client:
         while True:
             runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id])))

@@ -49,7 +49,6 @@ def _scatter(axes: "Axes", content: Mapping[str, Any], metric: str) -> None:
         axes.errorbar(x, y, yerr=[[max(0, y - low)], [max(0, high - y)]], fmt="o", capsize=3, color=color)
         axes.annotate(name, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=9)
     axes.set_xlabel("weights, MB (95 % bootstrap interval)")
-    axes.set_xlim(left=0)
-    axes.margins(x=0.15)
+    axes.set_xlim(0, 1.25 * max(metrics["size_bytes"] for metrics in content["candidates"].values()) / 1e6)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

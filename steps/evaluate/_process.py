@@ -59,6 +59,7 @@ def run_in_child(name: str, work: Callable[[Report], T], on_progress: Report) ->
 def _child(sender: Connection, work: Callable[[Report], Any]) -> NoReturn:
     """Work, send the outcome and leave at once: a library's idle threads must not hold the process up."""
     die_with_parent()
+    _renew_thread_pool()
     born = _peak_memory()
     try:
         result = work(lambda share: sender.send(("progress", share)))
@@ -72,6 +73,16 @@ def _child(sender: Connection, work: Callable[[Report], Any]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def _renew_thread_pool() -> None:
+    """Make torch replace the pool whose threads did not survive the fork, while there is only one thread to ask for it.
+
+    It does so at the first use, which is not safe for two threads at once: transformers, which loads weights in
+    several, then fails now and then with "Invalid thread pool" (`caffe2::pthreadpool`).
+    """
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(torch.get_num_threads())
 
 
 def _peak_memory() -> int:

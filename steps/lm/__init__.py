@@ -1,0 +1,1 @@
+"""Language models: checkpoints, chat templates, runtimes and scores that several rooms share."""

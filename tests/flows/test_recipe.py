@@ -95,7 +95,9 @@ def test_matrix_step_where_one_is_wanted(recipe: Build) -> None:
 
 
 def test_adapter_merged_onto_another_base(recipe: Build) -> None:
-    change = ("merged: {uses: merge.adapter, adapter: sft}", "other: {uses: model.pico, seed: 9}\n  merged: {uses: merge.adapter, adapter: sft, base: other}")  # fmt: skip
+    other = "other: {uses: model.pico, seed: 9}"
+    merged = "merged: {uses: merge.adapter, adapter: sft"
+    change = (f"{merged}}}", f"{other}\n  {merged}, base: other}}")
     assert "`other` is not what `sft` was trained on; that is `base`" in refusal(recipe, change)
 
 

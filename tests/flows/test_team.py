@@ -137,8 +137,15 @@ class Site:
 def ask(url: str, body: Any = None) -> Any:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.loads(answer.read())
+    for patience in range(10):
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            # Prefect says "busy" when two writers meet in SQLite; its own clients ask again, too.
+            if error.code != 503 or patience == 9:
+                raise
+            time.sleep(0.5)
 
 
 @pytest.fixture(scope="module")

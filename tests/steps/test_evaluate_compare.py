@@ -21,7 +21,7 @@ NAMES = ("same", "noised", "q8", "gptq")
 
 @pytest.fixture(scope="module")
 def data(bench: Any) -> Dataset:
-    return publish_conversations(bench.store, bench.root / "compare-data")
+    return publish_conversations(bench.store)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from steps.artifacts import Dataset, Manifest, Model, Package, Quantized, Report
 
 @pytest.fixture(scope="module")
 def data(bench: Any) -> Dataset:
-    return publish_conversations(bench.store, bench.root / "bundle-data")
+    return publish_conversations(bench.store)
 
 
 @pytest.fixture(scope="module")
