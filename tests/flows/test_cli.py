@@ -1,0 +1,95 @@
+"""The commands: instant, light, one sentence for bad input, JSON for scripts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flows.prepare import recipe_names
+from flows.schema import recipe_schema
+from tests.flows.command import ROOT, Command
+
+COMMANDS = ("plan", "run", "ls", "show", "pull", "rollback", "steps", "schema", "up", "down", "status")
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    return Command(tmp_path / "home")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(command: Command, name: str) -> None:
+    ended = command(name, "--help")
+    assert ended.code == 0
+    assert "Usage:" in ended.out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plan", "pico"], ["steps"], ["schema"], ["ls"]])
+def test_light_commands_import_nothing_heavy(command: Command, arguments: list[str]) -> None:
+    code = (
+        "import sys; from flows.cli.app import app, call; call(app); "
+        "print([m for m in ('torch', 'transformers', 'mlflow', 'prefect') if m in sys.modules], file=sys.stderr)"
+    )
+    line = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(line, cwd=ROOT, env=command.environment, capture_output=True, text=True, check=True)
+    assert done.stderr.strip().splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_plans_and_points_to_the_schema(command: Command, name: str) -> None:
+    ended = command("plan", name, "--json")
+    assert ended.code == 0, ended.err
+    assert all(step["status"] == "run" for step in ended.json["steps"])
+    text = (ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    assert text.startswith("# yaml-language-server: $schema=recipe.schema.json\n")
+    assert all(f"# {heading}:" in text for heading in ("Needs", "Run", "Expect"))
+
+
+def test_the_schema_in_recipes_is_the_one_that_the_command_writes() -> None:
+    written = json.loads((ROOT / "recipes" / "recipe.schema.json").read_text(encoding="utf-8"))
+    assert written == recipe_schema(), "run `make schema`"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["plan", "picoo"], "recipes/picoo.yaml: no such recipe; did you mean `pico`?"),
+        (["plan", "none.yaml"], "none.yaml: no such file"),
+        (["run", "pico", "--set", "steps.sft.rank=2"], "steps.sft.rank: unknown key"),
+        (["show", "nobody"], "no family `nobody`"),
+        (["pull", "nobody", "--to", "x"], "no family `nobody`"),
+        (["steps", "train.stf"], "did you mean `train.sft`?"),
+        (["plan", "pico", "--set", "steps.data.source=missing/*.jsonl"], "missing/*.jsonl"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_code_2(command: Command, arguments: list[str], sentence: str) -> None:
+    ended = command(*arguments)
+    assert ended.code == 2
+    assert sentence in ended.out + ended.err
+    assert "Traceback" not in ended.err
+    assert ended.err.count("\n") <= 1
+    assert not (command.home / "artifacts").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ('{"messages": []}\n', "line 1"),
+        ('{"question": "a", "answer": "b"}\n\n{"question": "c", "answer": "d"}\n', "line 2"),
+        ('{"question": "a", "answer": "b"}\n{"question": \n', "line 2"),
+        ('{"messages": [{"role": "user", "content": "hello"}]}\n', "assistant"),
+    ],
+)
+def test_bad_rows_name_file_and_line(command: Command, tmp_path: Path, rows: str, sentence: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(rows, encoding="utf-8")
+    recipe = tmp_path / "rows.yaml"
+    recipe.write_text(f"name: rows\nsteps:\n  data: {{uses: data.prepare, source: {file}}}\n", encoding="utf-8")
+    ended = command("run", str(recipe))
+    assert ended.code == 2, ended.out + ended.err
+    assert "rows.jsonl" in ended.out.replace("\n", "")
+    assert sentence in ended.out.replace("\n", " ")
+    assert "Traceback" not in ended.out + ended.err
+    assert not list((command.home / "artifacts").glob("*"))
