@@ -18,6 +18,11 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the fast tests first: what is broken should show at once."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
 class Bench:
     """Runs single steps as the flow would: spec, process of its own, published artifacts."""
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from steps.artifacts import Model, Quantized
 from steps.frame import UserError
 from steps.lm.checkpoint import Dtype, load_model, load_tokenizer
+from steps.lm.gptq import GPTQ_RUNTIME, load_gptq
 from steps.lm.llama_cpp import GgufModel
 
 if TYPE_CHECKING:
@@ -62,6 +63,13 @@ class Runtime(Protocol):
         ...
 
 
+def runtime_name(artifact: Model | Quantized) -> str:
+    """Return what a model is evaluated in, for the report."""
+    if not isinstance(artifact, Quantized):
+        return "transformers"
+    return {"gguf": "llama.cpp", "gptq": GPTQ_RUNTIME}.get(artifact.facts.format, "none")
+
+
 def open_runtime(artifact: Model | Quantized, *, dtype: Dtype, context: int, threads: int) -> Runtime:
     """Load a model in its own runtime.
 
@@ -77,8 +85,6 @@ def open_runtime(artifact: Model | Quantized, *, dtype: Dtype, context: int, thr
     if isinstance(artifact, Quantized) and artifact.facts.format == "gguf":
         return LlamaCppRuntime(artifact.gguf_file, context, threads)
     if isinstance(artifact, Quantized) and artifact.facts.format == "gptq":
-        from steps.lm.gptq import load_gptq
-
         model = load_gptq(artifact.path, dtype)
         return TransformersRuntime(model, artifact.path, artifact.facts.stop_token_ids, stand_in=True)
     if isinstance(artifact, Quantized):

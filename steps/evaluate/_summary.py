@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from steps.evaluate._measure import Contender, Measured
+from steps.evaluate._runtimes import runtime_name
 from steps.evaluate._samples import Sample
 from steps.lm.scoring import bootstrap_interval, exact_match, perplexity, rouge_l
 
@@ -73,6 +74,7 @@ def summary(reference: str, judged: Sequence[Judged], score: Score) -> dict[str,
         "generated_rows": sum(row["answer"] is not None for row in rows),
         "candidates": {each.contender.name: each.metrics for each in judged},
         "intervals": {each.contender.name: each.intervals for each in judged},
+        "runtimes": {each.contender.name: runtime_name(each.contender.artifact) for each in judged},
         "templates": {each.contender.name: each.contender.artifact.facts.template_sha256 for each in judged},
     }
 

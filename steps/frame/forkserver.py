@@ -146,10 +146,6 @@ def _signal_group(pid: int, number: int) -> None:
 
 def main() -> None:
     """Preload the named modules, then serve."""
-    # OpenMP's threads (torch, llama.cpp) spin at every barrier. Where steps share cores a spinning thread keeps the one
-    # it waits for from running: measured, 2 threads beside other work ran 10 times faster once they gave way at once.
-    # The library reads this when it is loaded.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     link = socket.socket(fileno=int(sys.argv[1]))
     for name in sys.argv[2:]:
         importlib.import_module(name)
