@@ -44,7 +44,9 @@ def _links(execution: Execution) -> dict[str, str]:
     """Return the pages of MLflow that show this run and its report."""
     server = mlflow_url(execution.home)
     run = f"{server}/#/experiments/{execution.record.experiment}/runs/{execution.record.run_id}"
-    return {"MLflow run": run, "Report": f"{run}/artifacts/{REPORT}"} if server else {}
+    # Else MLflow's pages take the run for one of an agent, and show traces.
+    view = "?workflowType=machine_learning"
+    return {"MLflow run": f"{run}{view}", "Report": f"{run}/artifacts/{REPORT}{view}"} if server else {}
 
 
 def report_path(execution: Execution) -> Path:

@@ -88,14 +88,14 @@ def slug(*words: str) -> str:
 
 
 def _gate_table(decision: GateDecision) -> list[str]:
-    head = ["| gate | member | held | candidate | champion | |", "| --- | --- | --- | --- | --- | --- |"]
-    return head + [_gate_row(each) for each in decision.outcomes]
+    head = ["| gate | member | held | candidate | champion |", "| --- | --- | --- | --- | --- |"]
+    said = [f"- {each.sentence}" for each in decision.outcomes]
+    return [*head, *map(_gate_row, decision.outcomes), "", *said]
 
 
 def _gate_row(each: GateOutcome) -> str:
     values = ["" if value is None else f"{value:.4g}" for value in (each.value, each.champion)]
-    cells = [each.gate.metric, each.member, "yes" if each.passed else "**no**", *values, each.sentence]
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+    return f"| {' | '.join([each.gate.metric, each.member, 'yes' if each.passed else '**no**', *values])} |"
 
 
 def _shown(create: Callable[..., Any], **values: Any) -> Any:
