@@ -131,7 +131,7 @@ def pull(
     if as_json:
         print_json(result.as_plain())
     else:
-        from flows.cli.tables import size
+        from flows.units import size
 
         done = "was there already" if result.already_there else "pulled and verified"
         console().print(f"{result.member} (version {result.version}, {size(result.size)}) {done}:", highlight=False)

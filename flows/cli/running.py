@@ -6,12 +6,13 @@ from contextlib import ExitStack
 
 from rich.console import Console
 
-from flows.cli.tables import duration, plan_table
+from flows.cli.tables import plan_table
 from flows.ending import Ending
 from flows.execution import Execution
 from flows.prepare import prepare
 from flows.publication import is_current
 from flows.terminal import Board
+from flows.units import duration
 from registry.home import Home
 
 

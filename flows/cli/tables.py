@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.plan import Plan
+from flows.units import duration, size
 from registry.members import Family
 from steps.frame import StepKind
 
@@ -138,31 +139,6 @@ def status_tables(found: Mapping[str, Any]) -> list[Table]:
         took = duration(run["seconds"])
         runs.add_row(run["name"], run["flow"], run["state"], run["started"] or "", took, run["message"] or "")
     return [services, deployments, runs]
-
-
-def size(count: float) -> str:
-    """Write a number of bytes for people.
-
-    >>> size(1_500_000)
-    '1.5 MB'
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
-def duration(seconds: float) -> str:
-    """Write a duration for people.
-
-    >>> duration(75)
-    '1 min 15 s'
-    """
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _table(*columns: str, title: str | None = None, caption: str | None = None) -> Table:

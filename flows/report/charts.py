@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from flows.report import units
+from flows import units
 from flows.report.comparison import Candidate, Comparison, Metric
 from flows.report.run import ReportStep
 from flows.report.svg import (

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.report import units
+from flows import units
 from flows.report.run import RunReport
 
 DRAWS = 2000

@@ -3,7 +3,7 @@
 import io
 from typing import TYPE_CHECKING, Any
 
-from flows.report import units
+from flows import units
 from flows.report.charts import quality_metric
 from flows.report.comparison import Candidate, Metric, read_comparisons
 from flows.report.run import RunReport

@@ -7,7 +7,7 @@ from markupsafe import Markup
 from flows.report.layout import Layout, layered
 from flows.report.run import ReportStep
 from flows.report.svg import drawing, tag, text
-from flows.report.units import duration
+from flows.units import duration
 
 BOX = (150.0, 62.0)
 """Width and height of a step's box, pixels."""

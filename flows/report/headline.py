@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from flows.report.comparison import Candidate, Comparison, Figure
 from flows.report.run import RunReport
-from flows.report.units import duration, fixed, percent
+from flows.units import duration, fixed, percent
 
 WRONG = ("failed", "refused")
 TOLD = ("answer_score", "perplexity")

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flows.report import units
+from flows import units
 from flows.report.charts import drift_chart, quality_chart, training_charts
 from flows.report.comparison import Comparison, read_comparisons
 from flows.report.graph import graph_drawing

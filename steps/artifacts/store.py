@@ -46,12 +46,9 @@ class Store:
     def fault(self, digest: str) -> str | None:
         """Check every byte; return what is wrong in a few words, or None where all is as the manifest says."""
         path = self.path(digest)
-        if not self.has(digest):
-            return "missing"
-        try:
-            manifest = Manifest.read(path)
-        except ValueError:
-            return f"{MANIFEST_NAME} is damaged"
+        manifest = self._manifest(digest)
+        if isinstance(manifest, str):
+            return manifest
         if manifest.digest != digest:
             return f"{MANIFEST_NAME} was changed"
         found = digest_tree(path, exclude=frozenset({MANIFEST_NAME})).files
@@ -66,18 +63,23 @@ class Store:
 
     def quick_fault(self, digest: str) -> str | None:
         """Check names and sizes only, for a preview; a run checks every byte with `fault`."""
-        path = self.path(digest)
-        if not self.has(digest):
-            return "missing"
-        try:
-            manifest = Manifest.read(path)
-        except ValueError:
-            return f"{MANIFEST_NAME} is damaged"
+        manifest = self._manifest(digest)
+        if isinstance(manifest, str):
+            return manifest
         for name, entry in manifest.files.items():
-            file = path / name
+            file = self.path(digest) / name
             if not file.is_file() or file.stat().st_size != entry.size:
                 return f"{name} is missing or cut"
         return None
+
+    def _manifest(self, digest: str) -> Manifest | str:
+        """Return the manifest, or what is wrong with it."""
+        if not self.has(digest):
+            return "missing"
+        try:
+            return Manifest.read(self.path(digest))
+        except ValueError:
+            return f"{MANIFEST_NAME} is damaged"
 
     def verify(self, digest: str) -> Artifact[Any]:
         """Return the artifact, every byte checked.
