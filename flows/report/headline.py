@@ -72,10 +72,12 @@ def _against_base(comparison: Comparison) -> str:
     shared = [name for name in TOLD if base and name in base.figures and name in tuned.figures]
     if base is None or not shared:
         return ""
-    senses = {_sense(base.figures[name], tuned.figures[name]) for name in shared}
+    senses = {name: _sense(base.figures[name], tuned.figures[name]) for name in shared}
     claims = {(True, False): "beats base", (False, True): "falls behind base", (True, True): "beats base in part only"}
-    claim = claims.get((1 in senses, -1 in senses), "is not clearly different from base")
-    pairs = [f"{_label(tuned, name)} {_short(tuned, name)} against {_short(base, name)}" for name in shared]
+    claim = claims.get((1 in senses.values(), -1 in senses.values()), "is not clearly different from base")
+    # A claim rests on the metrics that differ; one that does not would read as if it did.
+    told = [name for name in shared if senses[name]] or shared
+    pairs = [f"{_label(tuned, name)} {_short(tuned, name)} against {_short(base, name)}" for name in told]
     return f"Tuned {claim}: {', '.join(pairs)}"
 
 
