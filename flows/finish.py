@@ -22,6 +22,7 @@ def finish(execution: Execution, *, publish: bool) -> Ending:
     record = execution.record
     record.log_file(page)
     record.log_table("steps", table := prefect_table(report))
+    record.log_metrics(_headline_metrics(report))
     image = page.with_name("comparison.png")
     image.unlink(missing_ok=True)
     if picture := comparison_png(report):
@@ -38,6 +39,17 @@ def finish(execution: Execution, *, publish: bool) -> Ending:
         links=_links(execution),
     )
     return execution.ending
+
+
+def _headline_metrics(report: RunReport) -> dict[str, float]:
+    """Return the comparisons' figures, so that MLflow can compare whole runs: `quality/merged/perplexity`."""
+    return {
+        f"{step.name}/{name}": value
+        for step in report.steps
+        if step.name in report.comparisons
+        for name, value in step.metrics.items()
+        if "/" in name
+    }
 
 
 def _links(execution: Execution) -> dict[str, str]:
