@@ -1,9 +1,13 @@
-"""A plain script: the same libraries in the same order, one process, no keys, digests, Prefect or MLflow.
+"""A plain script: the same libraries in the same order, imported once, no keys, digests, Prefect or MLflow.
+
+Each step runs in a fork of the script, because the evaluation forks in turn and torch must not have computed by then.
 
 `python -m tests.bench.plain RECIPE DIRECTORY` prints the seconds of each step as JSON.
 """
 
+import importlib
 import json
+import multiprocessing
 import sys
 import time
 from pathlib import Path
@@ -12,7 +16,7 @@ from typing import Any
 from flows.graph import Node, build_graph
 from flows.prepare import recipe_path
 from flows.recipe import load_recipe
-from steps.artifacts import Artifact, Draft, Manifest
+from steps.artifacts import MANIFEST_NAME, Artifact, Draft, Manifest
 from steps.frame import Job, Ref
 from steps.frame.keys import plain_config
 from steps.frame.runner import limit_threads
@@ -22,14 +26,29 @@ from steps.frame.spec import StepSpec
 def main(recipe: str, folder: Path, overrides: list[str]) -> dict[str, float]:
     """Run every step of a recipe in this process; return seconds by step."""
     graph = build_graph(load_recipe(recipe_path(recipe), overrides))
+    for name in dict.fromkeys(name for node in graph.nodes.values() for name in node.kind.preload):
+        importlib.import_module(name)
     made: dict[Ref, Artifact[Any]] = {}
     seconds = {}
     for node in graph.nodes.values():
         began = time.perf_counter()
-        for name, draft in _run(node, made, folder).items():
+        for name, draft in _forked(node, made, folder).items():
             made[Ref(node.name, name)] = _unpublished(node, name, draft)
         seconds[node.name] = time.perf_counter() - began
     return seconds
+
+
+def _forked(node: Node, made: dict[Ref, Artifact[Any]], folder: Path) -> dict[str, Draft]:
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(_run(node, made, folder)))
+    process.start()
+    sender.close()
+    drafts = receiver.recv()
+    # Threads that a library leaves behind would keep the process; its work is done.
+    process.kill()
+    process.join()
+    return drafts
 
 
 def _run(node: Node, made: dict[Ref, Artifact[Any]], folder: Path) -> dict[str, Draft]:
@@ -69,6 +88,7 @@ def _unpublished(node: Node, output: str, draft: Draft) -> Artifact[Any]:
         libraries={},
         facts=draft.facts.model_dump(mode="json"),
     )
+    (draft.path / MANIFEST_NAME).write_bytes(manifest.to_bytes())
     return draft.kind(draft.path, manifest)
 
 
