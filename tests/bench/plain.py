@@ -16,7 +16,7 @@ from typing import Any
 from flows.graph import Node, build_graph
 from flows.prepare import recipe_path
 from flows.recipe import load_recipe
-from steps.artifacts import MANIFEST_NAME, Artifact, Draft, Manifest
+from steps.artifacts import MANIFEST_NAME, Artifact, Draft, FileDigest, Manifest
 from steps.frame import Job, Ref
 from steps.frame.keys import plain_config
 from steps.frame.runner import limit_threads
@@ -75,11 +75,14 @@ def _run(node: Node, made: dict[Ref, Artifact[Any]], folder: Path) -> dict[str, 
 
 
 def _unpublished(node: Node, output: str, draft: Draft) -> Artifact[Any]:
-    """Hand a draft on as it lies, with a manifest that digests nothing."""
+    """Hand a draft on as it lies, with a manifest that lists its files and digests nothing."""
+    found = {
+        path.relative_to(draft.path).as_posix(): path.stat().st_size for path in draft.path.rglob("*") if path.is_file()
+    }
     manifest = Manifest(
         kind=draft.kind.kind,
         tree="",
-        files={},
+        files={name: FileDigest(size=size, sha256="") for name, size in found.items()},
         parents={},
         step=node.kind.name,
         output=output,
