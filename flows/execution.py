@@ -6,6 +6,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -74,6 +75,7 @@ class Execution:
         self._slots = Slots(cpus)
         self.ending: Ending | None = None
         self._record = None
+        self._early: dict[str, Future[StepState]] = {}
         self._lock = threading.Lock()
 
     def warm_up(self) -> None:
@@ -91,8 +93,28 @@ class Execution:
                 self._record = self.recorder.begin(loaded.recipe.name, loaded.yaml, versions(), {})
             return self._record
 
+    def run_early(self) -> None:
+        """Start the steps that wait for nothing, in the background; `run` then joins them.
+
+        Prefect's server takes seconds to answer, longer on a busy machine: the first step need not wait for it.
+        """
+        for name, step in self.plan.steps.items():
+            if not step.node.parents:
+                self._early[name] = Future()
+                threading.Thread(target=self._run_early, args=(name,), daemon=True, name=f"early-{name}").start()
+
+    def _run_early(self, name: str) -> None:
+        try:
+            self._early[name].set_result(self._run(name))
+        except BaseException as error:
+            self._early[name].set_exception(error)
+
     def run(self, name: str) -> StepState:
         """Bring one step to its end: take it from the cache, record what a crash left, or run it."""
+        early = self._early.pop(name, None)
+        return early.result() if early else self._run(name)
+
+    def _run(self, name: str) -> StepState:
         state = self.states[name]
         state.began = datetime.now(UTC)
         step = state.planned
@@ -150,8 +172,12 @@ class Execution:
         with self._slots.taken(node.resources.cpus):
             if prefix := interpreter(node):
                 return run_in_fresh_interpreter(spec, prefix)
-            callback = self.on_progress
-            return self.launcher.run(spec, (lambda shown: callback(step.name, shown)) if callback else None)
+            return self.launcher.run(spec, lambda shown: self._show(step.name, shown))
+
+    def _show(self, name: str, values: Mapping[str, Any]) -> None:
+        # Looked up each time: a step that began early is shown once there is something to show it on.
+        if self.on_progress:
+            self.on_progress(name, values)
 
     def spec(self, step: PlannedStep) -> StepSpec:
         """Write down all that the step's process needs."""

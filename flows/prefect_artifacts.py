@@ -17,6 +17,7 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.context import TaskRunContext
 from prefect.exceptions import PrefectException
 
 from flows.ending import Ending
@@ -27,13 +28,18 @@ _INTERVAL = 2.0
 
 
 class Progress:
-    """A progress bar for each running step. Called from each step's own thread, within its task run."""
+    """A progress bar for each running step. Called from each step's own thread, within its task run.
+
+    A step that began before its task run did (see `Execution.run_early`) has no task run to draw a bar on.
+    """
 
     def __init__(self) -> None:
         self._bars: dict[str, tuple[UUID, float]] = {}
 
     def show(self, name: str, values: Mapping[str, Any]) -> None:
         """Draw or move the bar of a step; `values` holds `done` and `total`."""
+        if TaskRunContext.get() is None:
+            return
         percent = 100 * float(values.get("done", 0)) / (float(values.get("total", 0)) or 1)
         bar, at = self._bars.get(name, (None, 0.0))
         if bar is not None and percent < 100 and time.monotonic() - at < _INTERVAL:

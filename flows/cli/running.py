@@ -52,8 +52,9 @@ def _under_prefect(
 
     home = execution.home
     _, ready = stack.enter_context(prefect_api(home))
-    # Imports and migrations take seconds: they overlap with the server's start.
+    # Imports, migrations and the first steps take seconds: they overlap with the server's start.
     execution.warm_up()
+    execution.run_early()
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     from flows.lifecycle import board as shown
     from flows.lifecycle import lifecycle, prepared
