@@ -1,26 +1,27 @@
 # posttrain: `make run` does the main job, `make test` proves it; both set themselves up.
 RECIPE ?= quickstart
+PROFILE ?=
 FAMILY ?= smollm2-stdlib
 BENCH ?= pico
 FORMAT ?= gguf:Q4_K_M
 TO ?= ./pulled
 posttrain := .venv/bin/posttrain
 
-.PHONY: help setup run plan test test-fast lint format bench pull up down status schema lock clean
+.PHONY: help setup run plan test test-fast test-recipes lint format bench pull up down status schema lock clean
 
 help: ## Say what each target does
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 setup: .venv/.ready ## Make .venv from the lock
 
 .venv/.ready: requirements.lock pyproject.toml infra/setup.sh
 	@infra/setup.sh
 
-run: setup ## Run RECIPE (quickstart): data, fine-tuning, merge, quantization, evaluation, publication
-	@$(posttrain) run $(RECIPE)
+run: setup ## Run RECIPE (quickstart), in its PROFILE where one is given: from data to publication
+	@$(posttrain) run $(RECIPE) $(if $(PROFILE),--profile $(PROFILE))
 
 plan: setup ## Show what `make run` would do
-	@$(posttrain) plan $(RECIPE)
+	@$(posttrain) plan $(RECIPE) $(if $(PROFILE),--profile $(PROFILE))
 
 pull: setup ## Fetch FAMILY in FORMAT into TO
 	@$(posttrain) pull $(FAMILY) --format $(FORMAT) --to $(TO)
@@ -30,6 +31,9 @@ test: setup ## Run all tests
 
 test-fast: setup ## Run the tests that train nothing
 	@.venv/bin/python -m pytest tests/flows tests/registry -m "not slow"
+
+test-recipes: setup ## Run the long tests of the night: every recipe whole in its pico profile, every loss
+	@.venv/bin/python -m pytest -m recipes
 
 lint: setup ## Check style, types and who imports whom
 	@.venv/bin/ruff check .

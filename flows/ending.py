@@ -32,7 +32,7 @@ class Ending:
     def of(cls, execution: Execution, publication: str = "", release: Release | None = None, **more: Any) -> "Ending":
         """Sum up an execution."""
         seconds = (datetime.now(UTC) - execution.began).total_seconds()
-        recipe = execution.plan.graph.loaded.recipe.name
+        recipe = execution.plan.graph.loaded.name
         return cls(recipe, execution.states, seconds, publication, release, **more)
 
     @property

@@ -3,16 +3,14 @@
 import importlib.metadata
 import platform
 import shutil
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
-from flows.graph import Node
 from flows.plan import Plan, PlannedStep, environment_python
 from registry.errors import RegistryError
 from registry.family import resolve
@@ -20,8 +18,10 @@ from registry.home import Home
 from registry.index import Entry
 from registry.record import Recorder, StepRecord
 from steps.artifacts import Report
+from steps.frame import Resources
+from steps.frame.hardware import gpus
 from steps.frame.keys import plain_config
-from steps.frame.launch import Launcher, run_in_fresh_interpreter
+from steps.frame.launch import Launcher
 from steps.frame.spec import LOG_NAME, METRICS_NAME, PLOTS_NAME, InputSpec, StepResult, StepSpec
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Execution:
         self.states = {name: StepState(step) for name, step in plan.steps.items()}
         self.launcher = Launcher(plan.preload, home.root / "logs" / "forkserver.log")
         self.recorder = Recorder(home)
-        self._slots = Slots(cpus)
+        self._slots = Slots(cpus, gpus())
         self.ending: Ending | None = None
         self._record = None
         self._early: dict[str, Future[StepState]] = {}
@@ -90,7 +90,7 @@ class Execution:
         with self._lock:
             if self._record is None:
                 loaded = self.plan.graph.loaded
-                self._record = self.recorder.begin(loaded.recipe.name, loaded.yaml, versions(), {})
+                self._record = self.recorder.begin(loaded.name, loaded.yaml, versions(), {})
             return self._record
 
     def run_early(self) -> None:
@@ -159,7 +159,7 @@ class Execution:
         made = self.recorder.index.get(step.key)
         if made and not any(self.home.store.fault(digest) for digest in made.outputs.values()):
             return self._take(state, made)
-        result = step.result if step.status == "record" and step.result else self._launch(step)
+        result = step.result if step.status == "record" and step.result else self._launch(state)
         state.message = result.message
         if result.status == "finished":
             assert state.began is not None
@@ -167,20 +167,23 @@ class Execution:
         state.outcome = result.status
         return None
 
-    def _launch(self, step: PlannedStep) -> StepResult:
-        spec, node = self.spec(step), step.node
-        with self._slots.taken(node.resources.cpus):
-            if prefix := interpreter(node):
-                return run_in_fresh_interpreter(spec, prefix)
-            return self.launcher.run(spec, lambda shown: self._show(step.name, shown))
+    def _launch(self, state: StepState) -> StepResult:
+        step = state.planned
+        kind = step.node.kind
+        python = str(environment_python(kind.environment)) if kind.environment else ""
+        with self._slots.taken(step.node.resources) as devices:
+            # Waiting for cores is not the step's own time.
+            state.began = datetime.now(UTC)
+            spec = self.spec(step, devices)
+            return self.launcher.run(spec, lambda shown: self._show(step.name, shown), python)
 
     def _show(self, name: str, values: Mapping[str, Any]) -> None:
         # Looked up each time: a step that began early is shown once there is something to show it on.
         if self.on_progress:
             self.on_progress(name, values)
 
-    def spec(self, step: PlannedStep) -> StepSpec:
-        """Write down all that the step's process needs."""
+    def spec(self, step: PlannedStep, devices: tuple[str, ...] = ()) -> StepSpec:
+        """Write down all that the step's process needs; `devices` are the GPUs that were granted to it."""
         node = step.node
         inputs = {
             name: tuple(self._input(self.digests(ref.step)[ref.output], ref.step) for ref in refs)
@@ -199,6 +202,7 @@ class Execution:
             cache=self.home.cache,
             resolved=resolved,
             resources=node.resources,
+            devices=devices,
         )
 
     def _input(self, digest: str, producer: str | None, uri: str = "") -> InputSpec:
@@ -244,40 +248,29 @@ class Execution:
         return entry
 
 
-def interpreter(node: Node) -> list[str]:
-    """Return the command that a step needs instead of the fork server: another environment, or several GPUs.
-
-    An environment NAME is the virtual environment `.venvs/NAME` beside the recipes. Empty where neither is asked for.
-    """
-    python = str(environment_python(node.kind.environment)) if node.kind.environment else sys.executable
-    if node.resources.gpus > 1:
-        return [python, "-m", "accelerate.commands.launch", "--num_processes", str(node.resources.gpus)]
-    return [python] if node.kind.environment else []
-
-
-@dataclass
 class Slots:
-    """Cores of this machine, handed to steps so that they do not slow each other down."""
+    """Cores and GPUs of this machine, handed to steps so that they do not slow each other down."""
 
-    total: int
-    free: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.free = self.total
+    def __init__(self, cpus: int, gpus: list[str]) -> None:
+        self.total = cpus
+        self.free = cpus
+        self.gpus = list(gpus)
         self._changed = threading.Condition()
 
     @contextmanager
-    def taken(self, cpus: int) -> Iterator[None]:
-        """Hold `cpus` cores (0: all) for the length of the context."""
-        wanted = min(cpus or self.total, self.total)
+    def taken(self, wanted: Resources) -> Iterator[tuple[str, ...]]:
+        """Hold cores (0: all) and GPUs for the length of the context; yields the GPUs' names."""
+        cpus = min(wanted.cpus or self.total, self.total)
         with self._changed:
-            self._changed.wait_for(lambda: self.free >= wanted)
-            self.free -= wanted
+            self._changed.wait_for(lambda: self.free >= cpus and len(self.gpus) >= wanted.gpus)
+            self.free -= cpus
+            devices, self.gpus = tuple(self.gpus[: wanted.gpus]), self.gpus[wanted.gpus :]
         try:
-            yield
+            yield devices
         finally:
             with self._changed:
-                self.free += wanted
+                self.free += cpus
+                self.gpus = sorted([*self.gpus, *devices])
                 self._changed.notify_all()
 
 

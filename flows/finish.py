@@ -11,6 +11,8 @@ from flows.team.state import mlflow_url
 from steps.frame.spec import METRICS_NAME
 
 REPORT = "report.html"
+COMPARING = ("evaluate.compare", "evaluate.tasks")
+"""Step kinds whose Report the page shows as a comparison of models."""
 
 
 def finish(execution: Execution, *, publish: bool) -> Ending:
@@ -63,7 +65,7 @@ def _links(execution: Execution) -> dict[str, str]:
 
 def report_path(execution: Execution) -> Path:
     """Return where the report of a recipe's latest run lies."""
-    return execution.home.root / "reports" / execution.plan.graph.loaded.recipe.name / REPORT
+    return execution.home.root / "reports" / execution.plan.graph.loaded.name / REPORT
 
 
 def report_of(execution: Execution, publication: str) -> RunReport:
@@ -72,10 +74,10 @@ def report_of(execution: Execution, publication: str) -> RunReport:
     comparisons = {
         name: execution.home.store.path(state.entry.outputs[""])
         for name, state in execution.states.items()
-        if state.entry and state.planned.node.kind.name == "evaluate.compare"
+        if state.entry and state.planned.node.kind.name in COMPARING
     }
     return RunReport(
-        recipe=loaded.recipe.name,
+        recipe=loaded.name,
         description=loaded.recipe.description,
         yaml=loaded.yaml,
         began=execution.began,

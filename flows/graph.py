@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from flows.recipe import LoadedRecipe, StepEntry, validation_error
+from flows.recipe import LoadedRecipe, Rounds, StepEntry, validation_error
+from flows.rounds import Occurrence, called, check_carried, check_names, latest, meant, occurrences, picked, titled
 from steps.artifacts import Artifact, Report
 from steps.frame import Follow, Ref, Resources, StepConfig, StepKind, UserError, load_kind
 from steps.frame.config import EdgeSpec, name_fields_of
@@ -21,14 +22,22 @@ class Node:
     """One step to run."""
 
     name: str
-    """As in the recipe; a member of a matrix carries its values, `gguf[Q4_K_M]`."""
+    """As in the recipe; with its round and its matrix values, `gguf[2,Q4_K_M]`, where it has those."""
     family: str
-    """Name in the recipe without the matrix values."""
+    """Name in the recipe without them."""
     kind: StepKind
     config: StepConfig
     edges: Mapping[str, tuple[Ref, ...]] = field(default_factory=dict)
     """References by input field, resolved to existing nodes."""
     resources: Resources = field(default_factory=Resources)
+    place: tuple[str, ...] = ()
+    """Keys that lead to it in the recipe."""
+    group: str = ""
+    """Group of rounds that it belongs to."""
+    round: int = 0
+    """Its round, from 1; 0 outside of any group."""
+    member: str = ""
+    """Its matrix values, `Q4_K_M`."""
 
     @property
     def outputs(self) -> dict[str, type[Artifact[Any]]]:
@@ -49,8 +58,8 @@ class Graph:
     nodes: Mapping[str, Node]
 
     def members(self, name: str) -> list[Node]:
-        """Return the node of that name, or all of a matrix step's members."""
-        return [node for node in self.nodes.values() if name in (node.name, node.family)]
+        """Return the node of that name, or all of a matrix step's members; of a group's step, the last round's."""
+        return latest(called(self.nodes.values(), name))
 
     def children(self, name: str) -> list[str]:
         """Names of the nodes that need this one."""
@@ -64,7 +73,9 @@ def build_graph(loaded: LoadedRecipe) -> Graph:
         UserError: unknown kind or key, missing or unknown reference, an artifact kind that does not fit, a cycle;
             one sentence with file, line, key and the nearest thing that would work.
     """
+    check_names(loaded)
     drafts = _draft_nodes(loaded)
+    check_carried(loaded, drafts)
     connected = {name: _connect(loaded, node, drafts) for name, node in drafts.items()}
     followed = {name: _named(_follow(loaded, node, connected)) for name, node in connected.items()}
     ordered = _ordered(loaded, followed)
@@ -75,44 +86,30 @@ def build_graph(loaded: LoadedRecipe) -> Graph:
     return graph
 
 
-def place_of(node: Node) -> tuple[str, ...]:
-    """Where a node stands in the recipe."""
-    return (BASE,) if node.name == BASE else ("steps", node.family)
-
-
 def _draft_nodes(loaded: LoadedRecipe) -> dict[str, Node]:
-    """Expand matrices and validate each step's own keys; edges are still as written."""
-    entries: dict[str, StepEntry] = {}
+    """Expand rounds and matrices and validate each step's own keys; edges are still as written."""
     base = loaded.recipe.base
+    steps = list(occurrences(loaded.recipe))
     if base is not None:
-        entries[BASE] = (
-            StepEntry.model_validate({"uses": "model.source", "uri": base}) if isinstance(base, str) else base
-        )
-    entries.update(loaded.recipe.steps)
+        entry = StepEntry.model_validate({"uses": "model.source", "uri": base}) if isinstance(base, str) else base
+        steps.insert(0, Occurrence(BASE, entry, (BASE,)))
     nodes: dict[str, Node] = {}
-    for family, entry in entries.items():
-        place = (BASE,) if family == BASE else ("steps", family)
+    for step in steps:
         try:
-            kind = load_kind(entry.uses)
+            kind = load_kind(step.entry.uses)
         except UserError as error:
-            raise loaded.error((*place, "uses"), str(error)) from None
-        for name, values in _matrix(family, entry):
-            nodes[name] = _draft(loaded, place, name, family, entry, kind, values)
+            raise loaded.error((*step.place, "uses"), str(error)) from None
+        for member, values in _matrix(step.entry):
+            node = _draft(loaded, step, kind, member, values)
+            nodes[node.name] = node
     return nodes
 
 
-def _draft(
-    loaded: LoadedRecipe,
-    place: tuple[str, ...],
-    name: str,
-    family: str,
-    entry: StepEntry,
-    kind: StepKind,
-    values: Mapping[str, Any],
-) -> Node:
-    given = {**entry.config, **values}
+def _draft(loaded: LoadedRecipe, step: Occurrence, kind: StepKind, member: str, values: Mapping[str, Any]) -> Node:
+    given = _with_values(step.entry.config, values)
     if "seed" in kind.config.model_fields:
-        given.setdefault("seed", loaded.recipe.seed)
+        # Each round draws anew, or it would only repeat the one before.
+        given.setdefault("seed", loaded.recipe.seed + max(step.round - 1, 0))
     # A single reference where a list is asked for is a list of one; a matrix step fans in.
     for edge in kind.edges.values():
         if edge.many and isinstance(given.get(edge.field), str):
@@ -120,19 +117,38 @@ def _draft(
     try:
         config = kind.config.model_validate(given)
     except ValidationError as error:
-        raise validation_error(error, loaded.file, place, kind.config) from None
-    return Node(name, family, kind, config, resources=entry.resources or kind.resources)
+        raise validation_error(error, loaded.file, step.place, kind.config, given) from None
+    return Node(
+        name=titled(step.family, step.round, member),
+        family=step.family,
+        kind=kind,
+        config=config,
+        resources=step.entry.resources or kind.resources,
+        place=step.place,
+        group=step.group,
+        round=step.round,
+        member=member,
+    )
 
 
-def _matrix(family: str, entry: StepEntry) -> list[tuple[str, dict[str, Any]]]:
-    """Return name and values of each combination; one nameless combination without a matrix."""
-    if not entry.matrix:
-        return [(family, {})]
+def _with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with a matrix member's values; a key may lead into a setting: `adapter.rank`."""
+    given = dict(config)
+    for key, value in values.items():
+        *parents, last = key.split(".")
+        inner = given
+        for parent in parents:
+            below = inner.get(parent)
+            inner[parent] = dict(below) if isinstance(below, dict) else {}
+            inner = inner[parent]
+        inner[last] = value
+    return given
+
+
+def _matrix(entry: StepEntry) -> list[tuple[str, dict[str, Any]]]:
+    """Return the values of each combination, as text for the name and by key; one without any where no matrix is."""
     combinations = itertools.product(*entry.matrix.values())
-    return [
-        (f"{family}[{','.join(map(str, values))}]", dict(zip(entry.matrix, values, strict=True)))
-        for values in combinations
-    ]
+    return [(",".join(map(str, values)), dict(zip(entry.matrix, values, strict=True))) for values in combinations]
 
 
 def _connect(loaded: LoadedRecipe, node: Node, nodes: Mapping[str, Node]) -> Node:
@@ -143,25 +159,21 @@ def _connect(loaded: LoadedRecipe, node: Node, nodes: Mapping[str, Node]) -> Nod
         written = value if isinstance(value, list) else [] if value is None else [value]
         refs = [ref for each in written for ref in _resolve(loaded, node, edge, each, nodes)]
         if refs:
-            edges[name] = tuple(refs)
+            edges[name] = tuple(dict.fromkeys(refs))
     return replace(node, edges=edges)
 
 
 def _resolve(loaded: LoadedRecipe, node: Node, edge: EdgeSpec, ref: Ref, nodes: Mapping[str, Node]) -> list[Ref]:
-    """Return the nodes that a reference means: several where it names a matrix step and the field is a list."""
-    place = (*place_of(node), edge.field)
-    targets = [each for each in nodes.values() if ref.step in (each.name, each.family)]
-    if not targets:
-        names = {name for each in nodes.values() for name in (each.name, each.family)}
-        raise loaded.error(place, f"there is no step `{ref.step}`{did_you_mean(ref.step, names - {node.name})}")
-    if len(targets) > 1 and not edge.many:
-        choice = " or ".join(f"`{each.name}`" for each in targets)
-        raise loaded.error(place, f"`{ref.step}` is a matrix of {len(targets)} steps; name one: {choice}")
-    for target in targets:
-        if ref.output not in target.kind.outputs:
-            outputs = [str(Ref(target.name, output)) for output in target.kind.outputs]
-            raise loaded.error(place, f"`{ref}` does not exist{did_you_mean(str(ref), outputs)}")
-    return [Ref(target.name, ref.output) for target in targets]
+    """Return the outputs that a reference means: several where the field is a list and the name means several."""
+    known = {name for each in nodes.values() for name in (each.name, each.family)} - {node.name, node.family}
+    group = loaded.recipe.steps.get(node.group)
+    if isinstance(group, Rounds):
+        known |= set(group.carry)
+        found, output = meant(group, (node.group, node.round), ref, nodes.values())
+    else:
+        found, output = called(nodes.values(), ref.step), ref.output
+    place = (*node.place, edge.field)
+    return picked(loaded, place, Ref(ref.step, output), found if edge.many else latest(found), known, many=edge.many)
 
 
 def _follow(loaded: LoadedRecipe, node: Node, nodes: Mapping[str, Node]) -> Node:
@@ -174,12 +186,12 @@ def _follow(loaded: LoadedRecipe, node: Node, nodes: Mapping[str, Node]) -> Node
         if name in edges and target and "." in edge.follow.path and edges[name] != (target,):
             via = edge.follow.path.partition(".")[0]
             raise loaded.error(
-                (*place_of(node), name),
+                (*node.place, name),
                 f"`{edges[name][0]}` is not what `{edges[via][0]}` was trained on; that is `{target}`",
             )
         if name not in edges:
             if target is None and edge.follow.required:
-                raise loaded.error((*place_of(node), name), "this key is required (the recipe has no `base:` to take)")
+                raise loaded.error((*node.place, name), "this key is required (the recipe has no `base:` to take)")
             if target is not None:
                 edges[name] = (target,)
     return replace(node, edges=edges)
@@ -220,8 +232,7 @@ def _ordered(loaded: LoadedRecipe, nodes: Mapping[str, Node]) -> dict[str, Node]
         if name in ordered:
             return
         if name in path:
-            ring = " → ".join([*path[path.index(name) :], name])
-            raise loaded.error(place_of(nodes[name]), f"the steps form a cycle: {ring}")
+            raise _cycle(loaded, [nodes[each] for each in path[path.index(name) :]])
         path.append(name)
         for parent in nodes[name].parents:
             visit(parent)
@@ -233,6 +244,19 @@ def _ordered(loaded: LoadedRecipe, nodes: Mapping[str, Node]) -> dict[str, Node]
     return ordered
 
 
+def _cycle(loaded: LoadedRecipe, ring: list[Node]) -> UserError:
+    """Build the error for nodes of which each needs the next, and the last the first."""
+    ring = [*ring, ring[0]]
+    shown = " → ".join(node.name for node in ring)
+    # Where rounds take part, the key that leads back into them is the one to mend, not one of the rounds' own.
+    node, parent = next(((a, b) for a, b in itertools.pairwise(ring) if b.group and not a.group), (ring[0], ring[1]))
+    field = next(name for name, refs in node.edges.items() if parent.name in [ref.step for ref in refs])
+    said = "the steps form a cycle"
+    if parent.group and not node.group:
+        said = f"`{parent.family}` is made in the rounds of `{parent.group}`, which need `{node.name}` themselves"
+    return loaded.error((*node.place, field), f"{said}: {shown}")
+
+
 def _check_kinds(loaded: LoadedRecipe, node: Node, nodes: Mapping[str, Node]) -> None:
     for name, refs in node.edges.items():
         wanted = node.kind.edges[name].kinds
@@ -241,7 +265,7 @@ def _check_kinds(loaded: LoadedRecipe, node: Node, nodes: Mapping[str, Node]) ->
             if not issubclass(given, wanted):
                 names = " or ".join(kind.kind for kind in wanted)
                 raise loaded.error(
-                    (*place_of(node), name),
+                    (*node.place, name),
                     f"{node.kind.name} takes a {names} here, `{ref}` ({nodes[ref.step].kind.name}) gives a "
                     f"{given.kind}{_fitting(node, wanted, nodes)}",
                 )
@@ -272,10 +296,19 @@ def _check_publish(graph: Graph) -> None:
                 raise graph.loaded.error(
                     ("publish", "members", index), f"`{member}` ({node.kind.name}) does not give a model to publish"
                 )
+    published = [node for member in publish.members for node in graph.members(member)]
     for index, gate in enumerate(publish.gates):
-        step = gate.metric.partition(".")[0]
-        if not any(node.outputs.get("") is Report for node in graph.members(step)):
-            reports = [each.name for each in graph.nodes.values() if each.outputs.get("") is Report]
+        place = ("publish", "gates", index)
+        metric = gate.metric.partition(".")[2]
+        reports = [node.name for node in graph.members(gate.step) if node.outputs.get("") is Report]
+        if len(reports) > 1:
+            choice = " or ".join(f"`{name}.{metric}`" for name in reports)
+            raise graph.loaded.error((*place, "metric"), f"`{gate.step}` is several reports; name one: {choice}")
+        if not reports:
+            known = [each.name for each in graph.nodes.values() if each.outputs.get("") is Report]
             raise graph.loaded.error(
-                ("publish", "gates", index, "metric"), f"no report step `{step}`{did_you_mean(step, reports)}"
+                (*place, "metric"), f"no report step `{gate.step}`{did_you_mean(gate.step, known)}"
             )
+        if gate.member is not None and not any(gate.member in (node.name, node.family) for node in published):
+            near = did_you_mean(gate.member, {name for node in published for name in (node.name, node.family)})
+            raise graph.loaded.error((*place, "member"), f"`{gate.member}` is not among the published members{near}")

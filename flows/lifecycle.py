@@ -28,21 +28,23 @@ board: ContextVar[Board | None] = ContextVar("board", default=None)
 
 
 def run_name() -> str:
-    """Return the recipe's name, by which the UI lists a run; a recipe may be given as a path."""
-    return Path(flow_run.parameters["recipe"]).stem
+    """Return the recipe's name and profile, by which the UI lists a run; a recipe may be given as a path."""
+    profile = flow_run.parameters.get("profile")
+    return Path(flow_run.parameters["recipe"]).stem + (f"@{profile}" if profile else "")
 
 
 @flow(name="lifecycle", flow_run_name=run_name, persist_result=False, result_serializer="json")
-def lifecycle(recipe: str, overrides: Sequence[str] = (), publish: bool = True) -> State:
+def lifecycle(recipe: str, profile: str = "", overrides: Sequence[str] = (), publish: bool = True) -> State:
     """Run a recipe from its data to a published family.
 
     Args:
         recipe: Name of a file in `recipes/`.
+        profile: One of the recipe's profiles, such as `pico`; empty for the recipe as it stands.
         overrides: Keys of the recipe to change for this run, each as path=value: `steps.sft.epochs=2`.
         publish: Register the family that the recipe publishes; its gates decide on the champion.
     """
     try:
-        execution = prepared.get() or prepare(recipe, overrides)
+        execution = prepared.get() or prepare(recipe, overrides, profile=profile)
     except (UserError, RegistryError) as error:
         return Failed(message=str(error))
     ending = run_steps(execution, publish=publish)

@@ -16,7 +16,7 @@ from steps.frame import UserError
 
 
 @flow(name="nightly", flow_run_name=run_name, persist_result=False, result_serializer="json")
-def nightly(recipe: str, overrides: Sequence[str] = ()) -> State:
+def nightly(recipe: str, profile: str = "", overrides: Sequence[str] = ()) -> State:
     """Run a recipe where its data, its settings or a library changed since its last publication.
 
     The state's name says how the night ended: `Unchanged`, `Promoted`, `NotPromoted`, or `Failed`; its message says
@@ -24,15 +24,17 @@ def nightly(recipe: str, overrides: Sequence[str] = ()) -> State:
 
     Args:
         recipe: Name of a file in `recipes/`.
+        profile: One of the recipe's profiles, such as `pico`; empty for the recipe as it stands.
         overrides: Keys of the recipe to change for this run, each as path=value: `steps.sft.epochs=2`.
     """
     try:
-        execution = prepare(recipe, overrides)
+        execution = prepare(recipe, overrides, profile=profile)
     except (UserError, RegistryError) as error:
         return Failed(message=str(error))
     if not execution.plan.todo and (current := is_current(execution)):
-        sentence = f"{recipe}: nothing changed since the last run. {current.sentence}"
-        show_unchanged(execution.plan.graph.loaded.recipe.name, sentence)
+        name = execution.plan.graph.loaded.name
+        sentence = f"{name}: nothing changed since the last run. {current.sentence}"
+        show_unchanged(name, sentence)
         return Completed(name="Unchanged", message=sentence)
     return _state(run_steps(execution, publish=True))
 

@@ -34,9 +34,10 @@ def with_opponent(graph: Graph, home: Home, root: Path) -> Graph:
     uri = f"registry://{publish.family}@{release.version}"
     kind = load_kind("model.source")
     champion = Node(CHAMPION, CHAMPION, kind, kind.config.model_validate({"uri": uri}), resources=kind.resources)
+    judged = {node.name for step in steps for node in graph.members(step)}
     nodes: dict[str, Node] = {CHAMPION: champion}
     for node in graph.nodes.values():
-        compared = node.family in steps and "candidates" in node.edges
+        compared = node.name in judged and "candidates" in node.edges
         nodes[node.name] = _with_candidate(node) if compared else node
     return replace(graph, nodes=nodes)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from flows.graph import Graph, Node, place_of
+from flows.graph import Graph, Node
 from registry.errors import RegistryError
 from registry.family import resolve
 from registry.home import Home
@@ -14,8 +14,8 @@ from registry.record import Recorder
 from steps.frame import UserError
 from steps.frame.config import sources_of
 from steps.frame.keys import step_key
-from steps.frame.launch import SPEC_NAME
-from steps.frame.spec import RESULT_NAME, StepResult
+from steps.frame.scale import lacking
+from steps.frame.spec import RESULT_NAME, SPEC_NAME, StepResult
 from steps.sources import check, fingerprint
 
 Status = Literal["cached", "record", "resume", "run", "blocked"]
@@ -116,7 +116,7 @@ def graph_keys(graph: Graph, home: Home, root: Path) -> tuple[dict[str, str], di
             for uri in uris:
                 prints[uri] = _fingerprint(graph, node, name, uri, home, root, registry)
         parents = {name: [f"{keys[ref.step]}:{ref.output}" for ref in refs] for name, refs in node.edges.items()}
-        keys[node.name] = step_key(node.kind, node.config, parents, prints)
+        keys[node.name] = step_key(node.kind, node.config, parents, prints, node.resources.world)
     return keys, registry
 
 
@@ -184,11 +184,11 @@ def _fingerprint(
             registry[uri] = resolve(home, family, alias or "champion", "hf").digest
         return registry[uri]
     except (UserError, RegistryError) as error:
-        raise graph.loaded.error((*place_of(node), name) if node.name != "base" else ("base",), str(error)) from None
+        raise graph.loaded.error((*node.place, name) if node.name != "base" else ("base",), str(error)) from None
 
 
 def _blocked(graph: Graph, step: PlannedStep, home: Home, root: Path) -> PlannedStep:
-    """Check what only matters for a step that is to run: that its sources answer."""
+    """Check what only matters for a step that is to run, here: that its sources answer and the machine has room."""
     if step.status in ("cached", "record"):
         return step
     for uris in sources_of(step.node.config).values():
@@ -197,26 +197,23 @@ def _blocked(graph: Graph, step: PlannedStep, home: Home, root: Path) -> Planned
                 if not uri.startswith(REGISTRY):
                     check(uri, root, home.cache)
             except UserError as error:
-                where = graph.loaded.file.where(place_of(step.node))
+                where = graph.loaded.file.where(step.node.place)
                 return replace(step, status="blocked", reason=f"{where}: {error}")
     environment = step.node.kind.environment
     if environment and not environment_python(environment).exists():
         return replace(
             step, status="blocked", reason=f"needs the environment {environment_python(environment).parents[1]}"
         )
-    if step.node.resources.gpus > _gpus():
-        return replace(step, status="blocked", reason=f"asks for {step.node.resources.gpus} GPUs, here are {_gpus()}")
+    key, why = lacking(step.node.resources)
+    if why:
+        said = graph.loaded.error((*step.node.place, "resources", key), why)
+        return replace(step, status="blocked", reason=str(said))
     return step
 
 
 def environment_python(name: str) -> Path:
     """Return the interpreter of an environment of a step kind's own."""
     return Path(".venvs") / name / "bin" / "python"
-
-
-def _gpus() -> int:
-    """Count NVIDIA devices without importing torch."""
-    return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def describe(plan: Plan) -> list[dict[str, Any]]:

@@ -12,8 +12,11 @@ from flows.recipe import load_recipe
 from registry.home import Home, silence_telemetry
 from steps.frame import UserError
 from steps.frame.errors import did_you_mean
+from steps.frame.hardware import elsewhere
 
 RECIPES = Path("recipes")
+_ENVIRONMENT = "${oc.env:"
+"""How a recipe takes a value from the environment."""
 
 
 def recipe_path(recipe: str) -> Path:
@@ -37,20 +40,46 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def plan_recipe(recipe: str, overrides: Sequence[str], *, thorough: bool, home: Home | None = None) -> Plan:
+def plan_recipe(
+    recipe: str, overrides: Sequence[str], *, thorough: bool, profile: str = "", home: Home | None = None
+) -> Plan:
     """Load, check and plan a recipe; relative paths in it refer to the working directory.
+
+    Its other profiles, and the recipe without one, are checked, too: a misspelt key should not wait for the day on
+    which they are wanted.
 
     Raises:
         UserError: anything wrong with it, in one sentence.
     """
     silence_telemetry()
     home = home or Home.from_environment()
-    graph = build_graph(load_recipe(recipe_path(recipe), overrides))
+    path = recipe_path(recipe)
+    loaded = load_recipe(path, overrides, profile)
+    graph = build_graph(loaded)
+    for other in sorted({"", *loaded.profiles} - {profile}):
+        _check_other(path, other)
     return make_plan(with_opponent(graph, home, Path.cwd()), home, Path.cwd(), thorough=thorough)
 
 
+def _check_other(path: Path, profile: str) -> None:
+    # What is set for the chosen profile alone need not be there for the others.
+    if _ENVIRONMENT in path.read_text(encoding="utf-8"):
+        return
+    try:
+        with elsewhere():
+            build_graph(load_recipe(path, (), profile))
+    except UserError as error:
+        said = f"profile `{profile}`" if profile else "without a profile"
+        raise UserError(f"{said}: {error}") from None
+
+
 def prepare(
-    recipe: str, overrides: Sequence[str], *, home: Home | None = None, on_progress: OnProgress | None = None
+    recipe: str,
+    overrides: Sequence[str],
+    *,
+    profile: str = "",
+    home: Home | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Execution:
     """Plan a recipe for a run: every byte of what is cached has been checked.
 
@@ -59,7 +88,7 @@ def prepare(
     """
     home = home or Home.from_environment()
     clean(home)
-    plan = plan_recipe(recipe, overrides, thorough=True, home=home)
+    plan = plan_recipe(recipe, overrides, thorough=True, profile=profile, home=home)
     if plan.blocked:
         step = plan.blocked[0]
         raise UserError(f"step `{step.name}` cannot run: {step.reason}")

@@ -58,9 +58,8 @@ def judge(
     wanted = graph.loaded.recipe.publish
     assert wanted is not None
     store = execution.home.store
-    reports = {
-        step: (entries[step].outputs[""], entries[step]) for step in sorted({gate.step for gate in wanted.gates})
-    }
+    found = {step: entries[graph.members(step)[0].name] for step in sorted({gate.step for gate in wanted.gates})}
+    reports = {step: (entry.outputs[""], entry) for step, entry in found.items()}
     evidence = {step: Evidence.of(Report.of(store.open(digest))) for step, (digest, _) in reports.items()}
     names = [node.name for member in wanted.members for node in graph.members(member)]
     has_opponent = CHAMPION in graph.nodes

@@ -1,13 +1,14 @@
-"""Recipes: YAML in, one resolved mapping out, after `extends:`, `--set` and `${...}`."""
+"""Recipes: YAML in, one checked recipe out, after `extends:`, its profile, `--set` and `${...}`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
 
+from flows.layers import extended, interpolated, override, profiles_of, with_profile
 from flows.yaml_file import Place, YamlFile
 from registry.gates import Gate
 from steps.frame import Resources, UserError
@@ -44,7 +45,7 @@ class StepEntry(BaseModel):
     uses: str
     """Step kind, e.g. `train.sft`."""
     matrix: dict[str, list[Any]] = {}
-    """Config keys with several values each: the step is run once for each combination."""
+    """Config keys with several values each (`scheme`, `adapter.rank`): the step is run once for each combination."""
     resources: Resources | None = None
     """What it asks of the machine, where the kind's default does not fit."""
 
@@ -52,6 +53,48 @@ class StepEntry(BaseModel):
     def config(self) -> dict[str, Any]:
         """The kind's own keys."""
         return dict(self.model_extra or {})
+
+
+class Carried(_Part):
+    """An artifact that goes from round to round."""
+
+    start: str
+    """What the name means in the first round: a step outside the group."""
+    then: str
+    """What it means in every later round: a step of the group, as the round before made it."""
+
+
+class Rounds(_Part):
+    """A group of steps that is run several times, one round after the other."""
+
+    rounds: int = Field(ge=1)
+    """How often. Steps are named by their round, `tuned[2]`; from outside `tuned` is the last round's, and all rounds'
+    where a list is asked for."""
+    carry: dict[str, Carried] = {}
+    """Names that stand for another artifact in each round."""
+    steps: dict[str, StepEntry] = Field(min_length=1)
+    """The steps of a round; a name among them means the same round's step."""
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _flat(cls, steps: Any) -> Any:
+        if nested := [name for name, entry in _items(steps) if _entry_kind(entry) == "Rounds"]:
+            raise ValueError(f"`{nested[0]}` is a group within a group; write its steps here, or the group beside it")
+        return steps
+
+
+def _items(value: Any) -> list[tuple[Any, Any]]:
+    return list(value.items()) if isinstance(value, Mapping) else []
+
+
+def _entry_kind(entry: Any) -> str:
+    """Tell a group of rounds from a step by its keys."""
+    keys = set(entry) if isinstance(entry, Mapping) else set()
+    group = isinstance(entry, Rounds) or "rounds" in keys or ("steps" in keys and "uses" not in keys)
+    return "Rounds" if group else "StepEntry"
+
+
+Entry = Annotated[Annotated[StepEntry, Tag("StepEntry")] | Annotated[Rounds, Tag("Rounds")], Discriminator(_entry_kind)]
 
 
 class Recipe(_Part):
@@ -65,14 +108,16 @@ class Recipe(_Part):
     """Seed of every step that takes one and does not set its own."""
     vars: dict[str, Any] = {}
     """Values for `${vars.NAME}` anywhere in the recipe."""
-    steps: dict[str, StepEntry] = Field(min_length=1)
+    steps: dict[str, Entry] = Field(min_length=1)
+    """Steps, and groups of steps that are repeated."""
     publish: Publish | None = None
     schedule: Schedule | None = None
 
     @field_validator("steps", mode="after")
     @classmethod
-    def _names(cls, steps: dict[str, StepEntry]) -> dict[str, StepEntry]:
-        for name in steps:
+    def _names(cls, steps: dict[str, Entry]) -> dict[str, Entry]:
+        inner = [name for group in steps.values() if isinstance(group, Rounds) for name in (*group.steps, *group.carry)]
+        for name in (*steps, *inner):
             if name in ("base", "champion"):
                 raise ValueError(f"`{name}` is kept for the recipe's own; give the step another name")
             if not name.replace("_", "").replace("-", "").isalnum():
@@ -87,6 +132,15 @@ class LoadedRecipe:
     recipe: Recipe
     file: YamlFile
     resolved: dict[str, Any]
+    profile: str = ""
+    """The profile that was chosen; empty for the recipe as it stands."""
+    profiles: tuple[str, ...] = ()
+    """All that it has."""
+
+    @property
+    def name(self) -> str:
+        """What runs are called: the recipe's name, and its profile where one was chosen, `tina@pico`."""
+        return f"{self.recipe.name}@{self.profile}" if self.profile else self.recipe.name
 
     @property
     def yaml(self) -> str:
@@ -99,33 +153,52 @@ class LoadedRecipe:
         return UserError(f"{self.file.where(place)}: {dotted}: {message}")
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """Read a recipe, merge what it extends, apply overrides, resolve variables and check its shape.
+def load_recipe(path: Path, overrides: Sequence[str] = (), profile: str = "") -> LoadedRecipe:
+    """Read a recipe, merge what it extends and a profile, apply overrides, resolve variables and check its shape.
 
     Args:
         path: the YAML file.
         overrides: `path=value` texts as given to `--set`; values are YAML.
+        profile: name of one of the recipe's `profiles:`.
 
     Raises:
         UserError: one sentence with file, line and key.
     """
     file = YamlFile.read(path)
-    content = _extended(file, ())
-    for override in overrides:
-        _override(content, override)
-    resolved = _interpolated(content, file)
+    content = extended(file)
+    profiles = profiles_of(content, file)
+    if profile:
+        if profile not in profiles:
+            none = "" if profiles else "; this recipe has no `profiles:`"
+            raise UserError(f"{path}: there is no profile `{profile}`{did_you_mean(profile, profiles)}{none}")
+        content = with_profile(content, profile, profiles[profile])
+        file = file.with_lines_of(("profiles", profile))
+    for each in overrides:
+        override(content, each, Recipe.model_fields)
+    resolved = interpolated(content, file)
     try:
         recipe = Recipe.model_validate(resolved)
     except ValidationError as error:
-        raise validation_error(error, file, (), Recipe) from None
-    return LoadedRecipe(recipe, file, resolved)
+        raise validation_error(error, file, (), Recipe, resolved) from None
+    return LoadedRecipe(recipe, file, resolved, profile, tuple(profiles))
 
 
-def validation_error(error: ValidationError, file: YamlFile, place: Place, model: type[BaseModel]) -> UserError:
-    """Turn pydantic's first complaint into one sentence that names file, line and key."""
-    first = error.errors()[0]
-    # Members of a union appear in pydantic's location by type; the recipe has no such key.
-    spot: Place = (*place, *(part for part in first["loc"] if isinstance(part, int) or part.islower() or "-" in part))
+def validation_error(
+    error: ValidationError, file: YamlFile, place: Place, model: type[BaseModel], given: Any
+) -> UserError:
+    """Turn pydantic's first complaint into one sentence that names file, line and key.
+
+    Args:
+        error: what pydantic says.
+        file: the recipe.
+        place: where `given` stands in it.
+        model: what `given` was checked against.
+        given: the values.
+    """
+    complaints = error.errors()
+    # A misspelt key is missing, too: what is written says more than what is not.
+    first = next((each for each in complaints if each["type"] == "extra_forbidden"), complaints[0])
+    spot: Place = (*place, *_keys(first["loc"], given, missing=first["type"] == "missing"))
     dotted = ".".join(map(str, spot))
     prefix = f"{file.where(spot)}: {dotted or 'recipe'}"
     if first["type"] == "extra_forbidden":
@@ -133,97 +206,43 @@ def validation_error(error: ValidationError, file: YamlFile, place: Place, model
     if first["type"] == "missing":
         return UserError(f"{prefix}: this key is required")
     message = first["msg"].removeprefix("Value error, ")
-    given = first.get("input")
-    shown = "" if isinstance(given, (dict, list)) or first["type"] == "value_error" else f", not {given!r}"
+    value = first.get("input")
+    shown = "" if isinstance(value, (dict, list)) or first["type"] == "value_error" else f", not {value!r}"
     return UserError(f"{prefix}: {message[0].lower()}{message[1:]}{shown}")
 
 
-def _known_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """Follow a location down the models to the one that refused a key."""
-    current: Any = model
+def _keys(loc: tuple[int | str, ...], given: Any, *, missing: bool) -> Place:
+    """Return the keys of a location, without the names of union members that pydantic puts between them."""
+    keys: list[int | str] = []
     for part in loc:
-        field = current.model_fields.get(part) if isinstance(part, str) else None
-        if field is None:
-            continue
-        current = next((each for each in _models_in(field.annotation)), current)
-    return list(current.model_fields)
+        if isinstance(given, Mapping) and part in given:
+            keys.append(part)
+            given = given[part]
+        elif isinstance(given, list) and isinstance(part, int):
+            keys.append(part)
+            given = given[part] if part < len(given) else None
+    return (*keys, loc[-1]) if missing else tuple(keys)
+
+
+def _known_keys(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """Follow a location down the models to the one that refused a key; a union's member goes by name or by kind."""
+    current = [model]
+    for part in loc:
+        named = [each for each in current if part in (each.__name__, *_defaults(each))]
+        below = [each.model_fields[part] for each in current if isinstance(part, str) and part in each.model_fields]
+        if named:
+            current = named
+        elif below:
+            current = [found for info in below for found in _models_in(info.annotation)] or current
+    return list(dict.fromkeys(name for each in current for name in each.model_fields))
+
+
+def _defaults(model: type[BaseModel]) -> list[str]:
+    """Return the texts by which a model tells itself from others of its union, `lora` of `kind: lora`."""
+    return [info.default for info in model.model_fields.values() if isinstance(info.default, str)]
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    from typing import get_args
-
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in get_args(annotation) for model in _models_in(part)]
-
-
-def _extended(file: YamlFile, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """Merge a recipe over the ones it extends; a null removes a key."""
-    content = dict(file.content)
-    parents = content.pop("extends", [])
-    merged: dict[str, Any] = {}
-    for name in [parents] if isinstance(parents, str) else parents:
-        path = (file.path.parent / name).resolve()
-        if path in (*seen, file.path.resolve()):
-            raise UserError(f"{file.where(('extends',))}: extends: {name} extends this recipe in turn")
-        if not path.exists():
-            near = did_you_mean(name, [each.name for each in file.path.parent.glob("*.yaml")])
-            raise UserError(f"{file.where(('extends',))}: extends: there is no {path}{near}")
-        merged = _merge(merged, _extended(YamlFile.read(path), (*seen, file.path.resolve())))
-    return _merge(merged, content)
-
-
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        if isinstance(value, dict) and isinstance(merged.get(key), dict):
-            # Another step kind has other keys: inheriting the old ones would only be refused.
-            replaces = "uses" in value and value["uses"] != merged[key].get("uses")
-            merged[key] = dict(value) if replaces else _merge(merged[key], value)
-        elif value is None:
-            merged.pop(key, None)
-        else:
-            merged[key] = value
-    return merged
-
-
-def _override(content: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise UserError(f"--set {override}: write path=value, e.g. --set steps.sft.epochs=2")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"--set {override}: the value is not valid YAML") from None
-    *parents, last = path.split(".")
-    current: Any = content
-    for index, part in enumerate(parents):
-        known = list(current) if isinstance(current, dict) else []
-        if part not in known and (index > 0 or part not in Recipe.model_fields):
-            raise UserError(
-                f"--set {path}: the recipe has no `{'.'.join(parents[: index + 1])}`{did_you_mean(part, known)}"
-            )
-        current = current.setdefault(part, {})
-    if not isinstance(current, dict):
-        raise UserError(f"--set {path}: `{'.'.join(parents)}` is not a mapping")
-    if value is None:
-        current.pop(last, None)
-    else:
-        current[last] = value
-
-
-def _interpolated(content: dict[str, Any], file: YamlFile) -> dict[str, Any]:
-    """Resolve `${vars.rank}` and its like; `${oc.env:NAME}` reads the environment."""
-    if "${" not in str(content):
-        return content
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        resolved = OmegaConf.to_container(OmegaConf.create(content), resolve=True)
-    except OmegaConfBaseException as error:
-        reason = str(error).strip().splitlines()[0]
-        key = getattr(error, "full_key", None) or ""
-        raise UserError(f"{file.where(key.split('.'))}: {key}: {reason}") from None
-    assert isinstance(resolved, dict)
-    return {str(key): value for key, value in resolved.items()}

@@ -1,7 +1,7 @@
 """YAML with line numbers: what a recipe's errors point at."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,12 @@ class YamlFile:
         if not isinstance(content, dict):
             raise UserError(f"{path}: a recipe is a mapping with `name:` and `steps:` at its top")
         return cls(path, content, lines)
+
+    def with_lines_of(self, place: Place) -> "YamlFile":
+        """Return the file with what stands below `place` laid over its top, so that errors point there."""
+        depth = len(place)
+        below = {spot[depth:]: line for spot, line in self.lines.items() if spot[:depth] == place and spot != place}
+        return replace(self, lines={**self.lines, **below})
 
     def where(self, place: Sequence[str | int]) -> str:
         """Return `FILE:LINE` of a key, or of the nearest key above it that stands in this file."""

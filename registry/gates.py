@@ -126,6 +126,7 @@ class _Statistic(NamedTuple):
 
 
 _STATISTICS = {
+    "accuracy": _Statistic("score", higher_is_better=True),
     "answer_score": _Statistic("score", higher_is_better=True),
     "top1_agreement": _Statistic("top1", higher_is_better=True),
     "kl": _Statistic("kl", higher_is_better=False),

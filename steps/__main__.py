@@ -1,9 +1,11 @@
 """Run one step from its spec: `python -m steps SPEC.json`, or `accelerate launch -m steps SPEC.json`."""
 
+import os
 import sys
 from pathlib import Path
 
 from steps.frame.runner import run_step
+from steps.frame.scale import die_with_parent
 from steps.frame.spec import StepSpec
 
 
@@ -12,6 +14,9 @@ def main() -> int:
     if len(sys.argv) != 2:
         print("usage: python -m steps SPEC.json", file=sys.stderr)
         return 2
+    if "LOCAL_RANK" in os.environ:
+        # The launcher puts its processes into sessions of their own: nothing else would end them with it.
+        die_with_parent()
     spec = StepSpec.model_validate_json(Path(sys.argv[1]).read_bytes())
     result = run_step(spec)
     if result.message:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from steps.artifacts import Artifact, Store
+from steps.frame import Resources
 from steps.frame.keys import step_key
 from steps.frame.kinds import load_kind
 from steps.frame.launch import Launcher
@@ -32,15 +33,22 @@ class Bench:
         self.store = Store(root / "artifacts")
         self.last: StepResult | None = None
 
-    def attempt(
+    def attempt(self, kind: str, inputs: Any = None, **config: Any) -> StepResult:
+        """Run a step and return what became of it, refused and failed included."""
+        self.last = self.launcher.run(self.spec(kind, inputs, **config))
+        return self.last
+
+    def spec(
         self,
         kind: str,
         inputs: Mapping[str, Artifact[Any] | Sequence[Artifact[Any]]] | None = None,
         name: str | None = None,
+        resources: Resources | None = None,
         **config: Any,
-    ) -> StepResult:
-        """Run a step and return what became of it, refused and failed included."""
+    ) -> StepSpec:
+        """Write down a step as the flow would."""
         declared = load_kind(kind)
+        granted = resources or declared.resources
         given = {
             field: [value] if isinstance(value, Artifact) else list(value) for field, value in (inputs or {}).items()
         }
@@ -53,8 +61,8 @@ class Bench:
             {**config, **{field: value if field in lists else value[0] for field, value in given.items()}}
         )
         plain = whole.model_dump(mode="json", exclude=set(given))
-        key = step_key(declared, whole, parents, {})
-        spec = StepSpec(
+        key = step_key(declared, whole, parents, {}, granted.world)
+        return StepSpec(
             name=name or kind.rpartition(".")[2],
             kind=kind,
             key=key,
@@ -67,10 +75,8 @@ class Bench:
             work=self.root / "work" / key[:16],
             store=self.store.root,
             cache=self.root / "cache",
-            resources=declared.resources,
+            resources=granted,
         )
-        self.last = self.launcher.run(spec)
-        return self.last
 
     def run(self, kind: str, inputs: Any = None, **config: Any) -> dict[str, Any]:
         """Run a step that must finish; return its artifacts by output name."""

@@ -25,6 +25,9 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Override a key, e.g. steps.sft.epochs=2. Repeatable."),
 ]
+ProfileOption = Annotated[
+    str, typer.Option("--profile", metavar="NAME", help="One of the recipe's profiles: the same in another size.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
@@ -52,14 +55,16 @@ def call(command: Any) -> int:
 
 
 @app.command()
-def plan(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
+def plan(
+    recipe: RecipeArgument, profile: ProfileOption = "", set_: SetOption = None, as_json: JsonOption = False
+) -> None:
     """Show what a run would do: per step cached, run, resume or blocked, with predicted time, memory and disk."""
     from flows.plan import describe
     from flows.prepare import plan_recipe
 
-    made = plan_recipe(recipe, set_ or [], thorough=False)
+    made = plan_recipe(recipe, set_ or [], thorough=False, profile=profile)
     if as_json:
-        print_json({"recipe": made.graph.loaded.recipe.name, "steps": describe(made)})
+        print_json({"recipe": made.graph.loaded.name, "steps": describe(made)})
     else:
         from flows.cli.tables import plan_table
 
@@ -71,6 +76,7 @@ def plan(recipe: RecipeArgument, set_: SetOption = None, as_json: JsonOption = F
 @app.command()
 def run(
     recipe: RecipeArgument,
+    profile: ProfileOption = "",
     set_: SetOption = None,
     publish: Annotated[bool, typer.Option(help="Register the family that the recipe publishes.")] = True,
     as_json: JsonOption = False,
@@ -78,7 +84,7 @@ def run(
     """Run a recipe: only what is not done yet; a second run costs nothing, a killed one goes on."""
     from flows.cli.running import run_recipe
 
-    ending = run_recipe(recipe, set_ or [], publish=publish, console=console(stderr=as_json))
+    ending = run_recipe(recipe, set_ or [], profile=profile, publish=publish, console=console(stderr=as_json))
     if as_json:
         print_json(ending.summary())
     raise typer.Exit(ending.exit_code)
@@ -205,6 +211,18 @@ def down() -> None:
 
     stopped = stop(Home.from_environment())
     print("Nothing is up now." + (f" Cut off: {', '.join(stopped)}." if stopped else ""))
+
+
+@app.command()
+def join() -> None:
+    """Take part, on another node than the flow's, in the steps that ask for several; NODE_RANK says which node this is.
+
+    Every node sees the same home (POSTTRAIN_HOME) and names the flow's node in MASTER_ADDR. Ends by Ctrl-C.
+    """
+    from registry.home import Home
+    from steps.frame.scale import join as take_part
+
+    take_part(Home.from_environment().root / "work")
 
 
 @app.command()

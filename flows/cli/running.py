@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any
 
 from rich.console import Console
 
@@ -16,7 +17,7 @@ from flows.units import duration
 from registry.home import Home
 
 
-def run_recipe(recipe: str, overrides: Sequence[str], *, publish: bool, console: Console) -> Ending:
+def run_recipe(recipe: str, overrides: Sequence[str], *, profile: str = "", publish: bool, console: Console) -> Ending:
     """Run a recipe to its end and show it.
 
     Where every step is cached and the publication is current there is nothing for Prefect or MLflow to do, so
@@ -26,7 +27,7 @@ def run_recipe(recipe: str, overrides: Sequence[str], *, publish: bool, console:
         UserError: the recipe is wrong, or a step cannot run here.
     """
     home = Home.from_environment()
-    execution = prepare(recipe, overrides, home=home)
+    execution = prepare(recipe, overrides, profile=profile, home=home)
     if not execution.plan.todo and (not publish or is_current(execution)):
         for name in execution.plan.steps:
             execution.run(name)
@@ -37,7 +38,8 @@ def run_recipe(recipe: str, overrides: Sequence[str], *, publish: bool, console:
     names = list(execution.plan.steps)
     board = Board(names, {name: step.node.kind.name for name, step in execution.plan.steps.items()}, console)
     with ExitStack() as stack:
-        ending = _under_prefect(execution, board, stack, recipe, overrides, publish)
+        parameters = {"recipe": recipe, "profile": profile, "overrides": list(overrides), "publish": publish}
+        ending = _under_prefect(execution, board, stack, parameters)
     console.print(board.render())
     console.print(f"{ending.sentence} ({duration(ending.seconds)})", highlight=False)
     if ending.report:
@@ -45,9 +47,7 @@ def run_recipe(recipe: str, overrides: Sequence[str], *, publish: bool, console:
     return ending
 
 
-def _under_prefect(
-    execution: Execution, board: Board, stack: ExitStack, recipe: str, overrides: Sequence[str], publish: bool
-) -> Ending:
+def _under_prefect(execution: Execution, board: Board, stack: ExitStack, parameters: dict[str, Any]) -> Ending:
     from flows.servers import prefect_api, wait_until_recorded
 
     home = execution.home
@@ -63,7 +63,7 @@ def _under_prefect(
     prepared.set(execution)
     shown.set(board)
     with board.live():
-        state = lifecycle(recipe=recipe, overrides=list(overrides), publish=publish, return_state=True)
+        state = lifecycle(**parameters, return_state=True)
     if state.state_details.flow_run_id:
         wait_until_recorded(state.state_details.flow_run_id, len(execution.plan.steps))
     if execution.ending is None:

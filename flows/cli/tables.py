@@ -18,7 +18,7 @@ def plan_table(plan: Plan) -> Table:
     """Draw a plan: a row a step."""
     todo = len(plan.todo)
     seconds = sum(step.predicted.seconds for step in plan.todo if step.predicted)
-    title = f"{plan.graph.loaded.recipe.name}: {todo} of {len(plan.steps)} steps to run"
+    title = f"{plan.graph.loaded.name}: {todo} of {len(plan.steps)} steps to run"
     table = _table("step", "uses", "needs", "status", "time", "memory", "disk", "", title=title)
     if seconds:
         table.caption = f"about {duration(seconds)} by what these steps took before"

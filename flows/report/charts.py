@@ -1,13 +1,13 @@
 """The report's charts: curves of training, quality against size, and distance from the reference."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
 from flows import units
-from flows.report.comparison import Candidate, Comparison, Metric
+from flows.report.comparison import Candidate, Comparison, Figure, Metric
 from flows.report.run import ReportStep
 from flows.report.svg import (
     LETTER,
@@ -144,24 +144,36 @@ def quality_chart(comparison: Comparison) -> Markup | None:
 
 def drift_chart(comparison: Comparison) -> Markup | None:
     """Return each candidate's KL divergence from the reference on a logarithmic axis; None where none was measured."""
-    shown = [each for each in comparison.candidates if "kl" in each.figures]
+    title = f"KL divergence from {comparison.reference.name}, nats a token (log scale)"
+    return _bars(comparison, "kl", title, lambda ends, left, right: logarithmic(ends, left, right, KL_FLOOR), "{:g}")
+
+
+def accuracy_chart(comparison: Comparison) -> Markup | None:
+    """Return each candidate's share of tasks solved with its 95 % interval; None where none was measured."""
+    title = "Share of tasks solved, 95 % interval"
+    return _bars(comparison, "accuracy", title, lambda _, left, right: Scale(0.0, 1.0, left, right), "{:.0%}")
+
+
+def _bars(
+    comparison: Comparison, name: str, title: str, scale: Callable[[list[float], float, float], Scale], tick: str
+) -> Markup | None:
+    """Return a bar a candidate with its interval, below one another; None where the metric was not measured."""
+    shown = [each for each in comparison.candidates if name in each.figures]
     if not shown:
         return None
     left = 14 + LETTER * min(24, max(len(each.name) for each in shown))
-    values = [end for each in shown for end in (each.figures["kl"].value, *(each.figures["kl"].interval or ()))]
-    x = logarithmic(values, left, WIDTH - 76, KL_FLOOR)
+    figures = [each.figures[name] for each in shown]
+    x = scale([end for figure in figures for end in (figure.value, *(figure.interval or ()))], left, WIDTH - 76)
     height = max(HEIGHT, TOP + BOTTOM + 24 * len(shown))
     bottom = height - BOTTOM
-    title = f"KL divergence from {comparison.reference.name}, nats a token (log scale)"
-    parts = [horizontal_axis(x, bottom, "", lambda tick: f"{tick:g}", TOP), text(0, TOP - 12, title, "axis")]
+    parts = [horizontal_axis(x, bottom, "", tick.format, TOP), text(0, TOP - 12, title, "axis")]
     apart = (bottom - TOP) / len(shown)
-    for index, candidate in enumerate(shown):
-        parts += _drift_row(candidate, x, TOP + apart * (index + 0.5), min(22.0, apart * 0.55))
+    for index, (candidate, figure) in enumerate(zip(shown, figures, strict=True)):
+        parts += _bar(candidate, figure, x, TOP + apart * (index + 0.5), min(22.0, apart * 0.55))
     return drawing(WIDTH, height, title, *parts)
 
 
-def _drift_row(candidate: Candidate, x: Scale, y: float, thick: float) -> Iterator[Markup]:
-    figure = candidate.figures["kl"]
+def _bar(candidate: Candidate, figure: Figure, x: Scale, y: float, thick: float) -> Iterator[Markup]:
     at, end = x(figure.value), x(max(figure.interval or (figure.value,)))
     name = candidate.name if len(candidate.name) <= 24 else candidate.name[:23] + "\N{HORIZONTAL ELLIPSIS}"
     yield text(x.start - 12, y + 4, name, "label", "end")
@@ -170,6 +182,31 @@ def _drift_row(candidate: Candidate, x: Scale, y: float, thick: float) -> Iterat
         yield line((x(figure.interval[0]), y), (end, y), "whisker")
         yield from (line((x(edge), y - thick / 4), (x(edge), y + thick / 4), "whisker") for edge in figure.interval)
     yield text(max(at, end) + 9, y + 4, figure.text, "label strong")
+
+
+def budget_chart(comparison: Comparison) -> Markup | None:
+    """Return accuracy over the thinking budget, a line a candidate; None where there was one budget."""
+    if not comparison.budgets:
+        return None
+    labels = [point.label for point in max(comparison.budgets.values(), key=len)]
+    y = Scale(0.0, 1.0, HEIGHT - BOTTOM, TOP)
+    x = Scale(0.0, max(1, len(labels) - 1), LEFT + 24, WIDTH - RIGHT - 60)
+    title = "Share of tasks solved by thinking budget, tokens"
+    parts = [vertical_axis(y, LEFT, title, "{:.0%}".format, WIDTH - RIGHT)]
+    parts += [text(x(place), y.start + 17, label, "tick", "middle") for place, label in enumerate(labels)]
+    ends: list[tuple[float, str, str]] = []
+    for candidate in comparison.candidates:
+        points = comparison.budgets.get(candidate.name, ())
+        path = [(x(place), y(point.value)) for place, point in enumerate(points)]
+        parts.append(polyline(path, f"curve own {candidate.colour}"))
+        for (across, down), point in zip(path, points, strict=True):
+            low, high = point.interval
+            parts.append(line((across, y(low)), (across, y(high)), f"interval {candidate.colour}"))
+            note = f"{candidate.name}, {point.label}: {units.percent(point.value)}"
+            parts.append(dot((across, down), f"point {candidate.colour}", note))
+        ends += [(path[-1][1], candidate.name, "label")] if path else []
+    parts += [text(x.end + 10, at + 4, label, class_) for at, label, class_ in _apart(ends)]
+    return drawing(WIDTH, HEIGHT, title, *parts)
 
 
 def quality_metric(comparison: Comparison) -> Metric | None:

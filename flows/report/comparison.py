@@ -7,7 +7,7 @@ and Tibshirani, 1993; for language tasks Koehn, 2004, https://aclanthology.org/W
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from flows.report.run import RunReport
 DRAWS = 2000
 """Bootstrap resamples."""
 SCORES = {"rouge_l": "ROUGE-L F (0 to 1)", "exact": "the share of exact answers"}
+"""What an answer score is, by its name in `summary.json`."""
 Range = tuple[float, float]
 Row = Mapping[str, Any]
 
@@ -46,6 +47,9 @@ class Metric:
 
 
 METRICS = (
+    Metric("accuracy", "Accuracy", 1, units.percent, units.signed, False, "score"),
+    Metric("majority", "Majority vote", 1, units.percent, units.signed, False),
+    Metric("truncated", "Cut off", -1, units.percent, units.signed, False),
     Metric("answer_score", "Answer score", 1, units.fixed, units.signed, False, "score"),
     Metric(
         "perplexity",
@@ -115,6 +119,17 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class BudgetPoint:
+    """A candidate's accuracy at one thinking budget."""
+
+    label: str
+    """The budget in tokens, or `no limit`."""
+    value: float
+    interval: Range
+    """95 % interval of the value."""
+
+
+@dataclass(frozen=True)
 class Comparison:
     """What one comparing step found."""
 
@@ -125,7 +140,9 @@ class Comparison:
     rows: Mapping[str, Mapping[str, Row]]
     """By sample, then by candidate."""
     score: str = ""
-    """What the answer score is."""
+    """What the answer score is, or what verified the answers, as part of a sentence."""
+    budgets: Mapping[str, Sequence[BudgetPoint]] = field(default_factory=dict)
+    """By candidate, where several thinking budgets were evaluated."""
 
     @property
     def base(self) -> Candidate | None:
@@ -177,7 +194,23 @@ def read_comparison(step: str, folder: Path, step_metrics: Mapping[str, float]) 
         for index, name in enumerate(names, start=0 if "base" in names else 1)
     ]
     tuned = next(each for each in candidates if each.name == reference)
-    return Comparison(step, tuned, candidates, rows, SCORES.get(summary.get("score", ""), ""))
+    return Comparison(step, tuned, candidates, rows, _score(summary, values), _budgets(summary))
+
+
+def _score(summary: Mapping[str, Any], values: Mapping[str, Mapping[str, float]]) -> str:
+    """Say what an answer is judged by; nothing where the summary does not tell."""
+    name = summary.get("score", "")
+    if any("accuracy" in own for own in values.values()):
+        return f"right is what {name} says" if name else ""
+    return f"answer score is {SCORES[name]}" if name in SCORES else ""
+
+
+def _budgets(summary: Mapping[str, Any]) -> dict[str, list[BudgetPoint]]:
+    def point(found: Mapping[str, Any]) -> BudgetPoint:
+        tokens, (low, high) = found["thinking_tokens"], found["interval"]
+        return BudgetPoint("no limit" if tokens is None else f"{tokens:,}", found["accuracy"], (low, high))
+
+    return {name: [point(each) for each in points] for name, points in summary.get("budgets", {}).items()}
 
 
 def _read_rows(path: Path) -> Iterator[Row]:

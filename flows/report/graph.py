@@ -58,11 +58,18 @@ def _box(step: ReportStep, layout: Layout) -> Markup:
         tag("title", title),
         tag("rect", x=left, y=top, width=BOX[0], height=BOX[1], rx=9, class_="box"),
         tag("rect", x=left + 10, y=top + 11, width=4, height=BOX[1] - 22, rx=2, class_="mark"),
-        text(left + 23, top + 22, _cut(step.name, 16), "name"),
+        text(left + 23, top + 22, _short(step.name, 16), "name"),
         text(left + 23, top + 37, _cut(step.kind, 18), "kind"),
         text(left + 23, top + 52, _cut(took, 22), "took"),
         class_=f"step {step.status}",
     )
+
+
+def _short(name: str, letters: int) -> str:
+    """Cut a step's name before its round and matrix values, which tell it from its like."""
+    family, bracket, rest = name.partition("[")
+    room = letters - len(bracket + rest)
+    return _cut(family, room) + bracket + rest if room > 4 else _cut(name, letters)
 
 
 def _cut(label: str, letters: int) -> str:

@@ -10,7 +10,7 @@ from flows.units import duration, fixed, percent
 
 WRONG = ("failed", "refused")
 TOLD = ("answer_score", "perplexity")
-"""Metrics of the sentence."""
+"""Metrics of the sentence on a comparison of likeness; one of solved tasks tells the accuracy."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Tile:
 
 def headline(run: RunReport, comparisons: Sequence[Comparison]) -> Headline:
     """Return the outcome: what went wrong first, then what the comparison says."""
-    told = next((sentence for each in comparisons if (sentence := _against_base(each) or _plain(each))), "")
+    sayings = (_solved(each) or _against_base(each) or _plain(each) for each in comparisons)
+    told = next((sentence for sentence in sayings if sentence), "")
     sentences = [sentence for sentence in (told, *(_members(each) for each in comparisons)) if sentence]
     wrong = [step.name for step in run.steps if step.status in WRONG]
     if wrong:
@@ -50,7 +51,13 @@ def headline(run: RunReport, comparisons: Sequence[Comparison]) -> Headline:
 def tiles(run: RunReport, comparisons: Sequence[Comparison]) -> list[Tile]:
     """Return the figures for the top of the page."""
     found = []
-    main = next((each for each in comparisons if each.base), next(iter(comparisons), None))
+    for each in comparisons:
+        if last := _last(each):
+            first = each.reference
+            note = last.name if last is first else f"{last.name}, {first.name} {first.figures['accuracy'].text}"
+            found.append(Tile("Accuracy", last.figures["accuracy"].text, note))
+    likeness = [each for each in comparisons if _last(each) is None]
+    main = next((each for each in likeness if each.base), next(iter(likeness), None))
     if main:
         for name in TOLD:
             if figure := main.reference.figures.get(name):
@@ -64,6 +71,28 @@ def tiles(run: RunReport, comparisons: Sequence[Comparison]) -> list[Tile]:
     note = ", ".join(f"{number} {status}" for status, number in sorted(count.items()))
     found.append(Tile("Run time", duration(run.seconds), note))
     return found
+
+
+def _last(comparison: Comparison) -> Candidate | None:
+    """Return the candidate that a comparison of solved tasks lists last, the end of the chain; else nothing.
+
+    The family's champion, which a gate adds after the recipe's own, is not what the recipe made.
+    """
+    listed = [each for each in comparison.candidates if "accuracy" in each.figures and each.name != "champion"]
+    return listed[-1] if listed else None
+
+
+def _solved(comparison: Comparison) -> str:
+    """Say how many tasks the last candidate solves against the first; nothing where it is not about tasks."""
+    last, first = _last(comparison), comparison.reference
+    if last is None:
+        return ""
+    own = last.figures["accuracy"]
+    if last is first:
+        return f"{last.name} solves {own.text} of the tasks"
+    claims = {"better": "more than", "worse": "fewer than"}
+    claim = claims.get(own.verdict, "not clearly other than")
+    return f"{last.name} solves {own.text} of the tasks, {claim} {first.name} with {first.figures['accuracy'].text}"
 
 
 def _against_base(comparison: Comparison) -> str:

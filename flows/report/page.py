@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flows import units
-from flows.report.charts import drift_chart, quality_chart, training_charts
+from flows.report.charts import accuracy_chart, budget_chart, drift_chart, quality_chart, training_charts
 from flows.report.comparison import Comparison, read_comparisons
 from flows.report.graph import graph_drawing
 from flows.report.headline import headline, tiles
@@ -58,10 +58,11 @@ def render_report(run: RunReport) -> str:
 
 
 def _comparison_view(comparison: Comparison, index: int) -> dict[str, Any]:
+    drawn = (draw(comparison) for draw in (quality_chart, drift_chart, accuracy_chart, budget_chart))
     return {
         "id": f"x{index}",
         "found": comparison,
-        "charts": [chart for chart in (quality_chart(comparison), drift_chart(comparison)) if chart],
+        "charts": [chart for chart in drawn if chart],
         "samples": typical_samples(comparison),
     }
 

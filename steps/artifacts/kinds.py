@@ -19,9 +19,30 @@ class DatasetFacts(Facts):
     """Facts of rows in `rows.jsonl`."""
 
     rows: int
-    format: Literal["messages", "prompt_answer", "preference", "text"]
+    format: Literal["messages"] = "messages"
     template_sha256: str | None = None
     """Chat template by which the rows' lengths were measured."""
+    statistics: Mapping[str, float] = {}
+
+
+class SamplesFacts(Facts):
+    """Facts of sampled answers in `rows.jsonl`."""
+
+    rows: int
+    """Tasks."""
+    samples: int
+    """Answers of all tasks together."""
+    pass_rate: float | None = None
+    """Mean share of answers that the verifier passed; None where none was asked."""
+    statistics: Mapping[str, float] = {}
+
+
+class PreferencesFacts(Facts):
+    """Facts of preferences in `rows.jsonl`."""
+
+    rows: int
+    paired: bool
+    """Whether every row has both sides; unpaired rows (liked or disliked alone) are for KTO."""
     statistics: Mapping[str, float] = {}
 
 
@@ -45,14 +66,25 @@ class ModelFacts(Facts):
     """URI of the pretrained model at the root of the lineage."""
 
 
+class FourBit(Facts):
+    """How bitsandbytes holds a frozen base in 4 bits (QLoRA, https://arxiv.org/abs/2305.14314)."""
+
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    double_quant: bool = True
+    """Whether the blocks' scales are quantized too."""
+
+
 class AdapterFacts(Facts):
     """Facts of PEFT weights; `base` is the digest of the model they were trained on."""
 
     method: str
-    """`lora`, ..."""
-    rank: int
+    """`lora`, `qlora`, `dora`, `rslora`, `pissa`, `oft`."""
+    rank: int | None
+    """None where the method has none (OFT)."""
     parameters: int
     base: str
+    four_bit: FourBit | None = None
+    """How the base was held while the adapter was trained; None: not quantized."""
     base_architecture: str
     template_sha256: str | None
     stop_token_ids: tuple[int, ...]
@@ -141,10 +173,47 @@ class Draft:
 
 
 class Dataset(Artifact[DatasetFacts]):
-    """Rows, one JSON object a line, in `rows.jsonl`."""
+    """Conversations, one JSON object a line, in `rows.jsonl`: `{id, messages, source, task?}`.
+
+    The last message is the assistant's: what fine-tuning learns, and the reference answer where rows are used as
+    tasks. `task` is what a task's own verifier needs (`reasoning-gym://`).
+    """
 
     kind = "Dataset"
     Facts = DatasetFacts
+
+    @property
+    def rows_file(self) -> Path:
+        """The file of rows."""
+        return self.path / "rows.jsonl"
+
+
+class Samples(Artifact[SamplesFacts]):
+    """Tasks with sampled answers, in `rows.jsonl`.
+
+    Each row is a Dataset's row and `samples: [{text, tokens, truncated, score, steps?}]`: the answer's text, its length
+    in tokens, whether it ran out of tokens, what the verifier gave (null where none was asked), and the label of each
+    reasoning step where those are known.
+    """
+
+    kind = "Samples"
+    Facts = SamplesFacts
+
+    @property
+    def rows_file(self) -> Path:
+        """The file of rows."""
+        return self.path / "rows.jsonl"
+
+
+class Preferences(Artifact[PreferencesFacts]):
+    """Preferences, in `rows.jsonl`: `{id, prompt, chosen, rejected, source}`.
+
+    `prompt` is a list of messages that ends with the user's; `chosen` and `rejected` are the texts of answers. One of
+    the two may be null: an answer that was liked, or disliked, alone.
+    """
+
+    kind = "Preferences"
+    Facts = PreferencesFacts
 
     @property
     def rows_file(self) -> Path:
@@ -212,7 +281,7 @@ class Package(Artifact[PackageFacts]):
 
 
 KINDS: dict[str, type[Artifact[Any]]] = {
-    kind.kind: kind for kind in (Dataset, Model, RewardModel, Adapter, Quantized, Report, Package)
+    kind.kind: kind for kind in (Dataset, Samples, Preferences, Model, RewardModel, Adapter, Quantized, Report, Package)
 }
 
 

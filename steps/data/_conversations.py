@@ -1,7 +1,7 @@
 """Rows of any known layout as conversations: messages with roles, ending in the assistant's turn."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from steps.artifacts.manifest import canonical_json
@@ -26,6 +26,10 @@ class Conversation:
     """Role and content; the last is the assistant's."""
     source: str
     where: str
+    task: Mapping[str, Any] | None = field(default=None, compare=False)
+    """What the task's own verifier needs, from an object in a column `task`."""
+    unlearned: frozenset[int] = field(default=frozenset(), compare=False)
+    """Places of messages that say `learn: false`: fine-tuning leaves them out of its loss."""
 
     @property
     def id(self) -> str:
@@ -37,9 +41,17 @@ class Conversation:
         """All contents, lower case, white space as single spaces: what duplicates are compared by."""
         return " ".join(" ".join(content for _, content in self.messages).casefold().split())
 
-    def as_messages(self) -> list[dict[str, str]]:
+    def as_messages(self) -> list[dict[str, Any]]:
         """Return the messages as chat templates take them."""
-        return [{"role": role, "content": content} for role, content in self.messages]
+        return [
+            {"role": role, "content": content, **({"learn": False} if index in self.unlearned else {})}
+            for index, (role, content) in enumerate(self.messages)
+        ]
+
+    def as_row(self) -> dict[str, Any]:
+        """Return the row of a Dataset."""
+        row = {"id": self.id, "messages": self.as_messages(), "source": self.source}
+        return row if self.task is None else {**row, "task": self.task}
 
 
 def conversation(row: SourceRow, source: str, columns: Columns, system: str | None) -> Conversation:
@@ -61,9 +73,12 @@ def conversation(row: SourceRow, source: str, columns: Columns, system: str | No
         raise UserError(
             f"{row.where}: the assistant speaks before any user; a conversation begins with the user's turn"
         )
+    unlearned = _unlearned(row, columns)
     if system is not None and roles[0] != "system":
         messages = [("system", system), *messages]
-    return Conversation(tuple(messages), source, row.where)
+        unlearned = frozenset(index + 1 for index in unlearned)
+    task = row.values.get("task")
+    return Conversation(tuple(messages), source, row.where, task if isinstance(task, Mapping) else None, unlearned)
 
 
 def _messages(row: SourceRow, columns: Columns) -> list[tuple[str, str]]:
@@ -71,7 +86,7 @@ def _messages(row: SourceRow, columns: Columns) -> list[tuple[str, str]]:
     column = columns.get("messages", "messages")
     if not columns or "messages" in columns:
         if column in values:
-            return _from_list(values[column], column, row.where)
+            return message_list(values[column], column, row.where)
         if columns:
             raise _no_column(column, row)
         columns = _recognised(row)
@@ -84,10 +99,19 @@ def _messages(row: SourceRow, columns: Columns) -> list[tuple[str, str]]:
         if name not in values:
             raise _no_column(name, row)
         if role != "system" or values[name]:
-            content = _content(values[name], f"column `{name}`", role, row.where)
+            content = content_of(values[name], f"column `{name}`", role, row.where)
             extra = values.get("input") if (role, name) == ("user", "instruction") else None
             found.append((role, f"{content}\n\n{extra}" if extra else content))
     return found
+
+
+def _unlearned(row: SourceRow, columns: Columns) -> frozenset[int]:
+    messages = row.values.get(columns.get("messages", "messages")) if not columns or "messages" in columns else None
+    found = [message.get("learn", True) for message in messages] if isinstance(messages, list) else []
+    for number, learn in enumerate(found, start=1):
+        if not isinstance(learn, bool | None):
+            raise UserError(f"{row.where}: message {number} has learn: {learn!r}; it must be true or false")
+    return frozenset(index for index, learn in enumerate(found) if learn is False)
 
 
 def _recognised(row: SourceRow) -> Columns:
@@ -101,7 +125,12 @@ def _recognised(row: SourceRow) -> Columns:
     )
 
 
-def _from_list(value: Any, column: str, where: str) -> list[tuple[str, str]]:
+def message_list(value: Any, column: str, where: str) -> list[tuple[str, str]]:
+    """Read a cell that holds messages as role and content of each.
+
+    Raises:
+        UserError: it is no list of messages, or a role is unknown, or a content no text or empty.
+    """
     if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
         raise UserError(f"{where}: `{column}` must be a list of objects with `role` and `content`")
     found = []
@@ -109,11 +138,16 @@ def _from_list(value: Any, column: str, where: str) -> list[tuple[str, str]]:
         role = message.get("role")
         if role not in _ROLES:
             raise UserError(f"{where}: message {number} has the role `{role}`{did_you_mean(str(role), _ROLES)}")
-        found.append((role, _content(message.get("content"), f"message {number}", role, where)))
+        found.append((role, content_of(message.get("content"), f"message {number}", role, where)))
     return found
 
 
-def _content(value: Any, place: str, role: str, where: str) -> str:
+def content_of(value: Any, place: str, role: str, where: str) -> str:
+    """Return the text of a turn; only a system message may be empty.
+
+    Raises:
+        UserError: it is no text, or empty; `place` says where in the row it stands.
+    """
     if not isinstance(value, str):
         raise UserError(f"{where}: {place} must be text, not {type(value).__name__}")
     if role != "system" and not value.strip():

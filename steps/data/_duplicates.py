@@ -1,6 +1,7 @@
 """Duplicates: exact ones by their normalised text, near ones by MinHash and locality-sensitive hashing."""
 
 from collections.abc import Iterable, Sequence
+from typing import Protocol, TypeVar
 
 from steps.data._conversations import Conversation
 
@@ -9,9 +10,21 @@ _SHINGLE = 3
 _MOST_MISSED = 0.01
 
 
-def without_exact(rows: Iterable[Conversation]) -> tuple[list[Conversation], int]:
+class Row(Protocol):
+    """What has a normalised text."""
+
+    @property
+    def text(self) -> str:
+        """What duplicates are compared by."""
+        ...
+
+
+R = TypeVar("R", bound=Row)
+
+
+def without_exact(rows: Iterable[R]) -> tuple[list[R], int]:
     """Keep the first row of every normalised text; return the rows and how many were dropped."""
-    kept: dict[str, Conversation] = {}
+    kept: dict[str, R] = {}
     count = 0
     for row in rows:
         count += 1

@@ -25,7 +25,8 @@ class PrepareData(StepConfig):
     """Read rows, bring them into messages, drop duplicates, measure them and split off an evaluation set."""
 
     source: Source | list[Source]
-    """Files, wildcards, `hf://datasets/ORG/NAME@REVISION`, or `python-stdlib-docs`; several are read in order."""
+    """Files, wildcards, `hf://datasets/ORG/NAME@REVISION`, `reasoning-gym://NAME?KEY=VALUE`, or `python-stdlib-docs`;
+    several are read in order."""
     model: Input[Model] | None = Follows("base", required=False)
     """Model whose tokenizer and chat template measure the rows; without one, lengths are counted in words."""
     near_dedup: float | None = Field(default=0.8, gt=0, lt=1)
@@ -192,10 +193,7 @@ def _write(
     from steps.lm.rows import write_jsonl
 
     out = job.output(name)
-    write_jsonl(
-        out / "rows.jsonl",
-        ({"id": one.row.id, "messages": one.row.as_messages(), "source": one.row.source} for one in rows),
-    )
+    write_jsonl(out / "rows.jsonl", (one.row.as_row() for one in rows))
     facts = DatasetFacts(
         rows=len(rows),
         format="messages",

@@ -3,9 +3,9 @@
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema, core_schema
 
 from steps.artifacts import Artifact
@@ -90,18 +90,54 @@ def NamesOf(field: str) -> Any:  # noqa: N802 - reads as a field default, like p
     return Field(default=None, json_schema_extra={"names_of": field})
 
 
+Launch = Literal["ddp", "ddp-cpu", "fsdp2", "zero2", "zero3"]
+"""How several processes share one training; each is a file of `infra/accelerate/`, which says what it is for."""
+
+
 class Resources(BaseModel):
     """What a step asks of the machine that runs it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     cpus: int = Field(default=0, ge=0)
-    """Cores; 0 takes all of the machine's."""
+    """Cores of each node; 0 takes all."""
     gpus: int = Field(default=0, ge=0)
+    """GPUs of each node; with more than one, each is driven by a process of its own."""
+    nodes: int = Field(default=1, ge=1)
+    """Machines that take part."""
+    processes: int = Field(default=0, ge=0)
+    """Processes on each node; 0 is one for each GPU, and one where there is none."""
+    launch: Launch | None = None
+    """How several processes share the work: `ddp` on GPUs and `ddp-cpu` without any, unless it says otherwise."""
     memory_gb: float = Field(default=0, ge=0)
     """Memory to reserve in GB; 0 leaves it unreserved."""
     timeout_minutes: float = Field(default=0, ge=0)
     """Minutes after which the step is killed; 0 is no limit."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.launch == "ddp-cpu" and self.gpus:
+            raise ValueError("`launch: ddp-cpu` computes on processors; leave `gpus` out, or take `launch: ddp`")
+        if self.launch not in (None, "ddp-cpu") and not self.gpus:
+            raise ValueError(f"`launch: {self.launch}` needs `gpus`; processes without any take `launch: ddp-cpu`")
+        if self.gpus and self.processes not in (0, self.gpus):
+            raise ValueError("each GPU is driven by one process; leave `processes` out")
+        return self
+
+    @property
+    def local_processes(self) -> int:
+        """Processes on each node."""
+        return self.processes or self.gpus or 1
+
+    @property
+    def world(self) -> int:
+        """Processes on all nodes together."""
+        return self.local_processes * self.nodes
+
+    @property
+    def launcher(self) -> Launch:
+        """How several processes share the work."""
+        return self.launch or ("ddp" if self.gpus else "ddp-cpu")
 
 
 class StepConfig(BaseModel):

@@ -20,5 +20,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; known here: {', '.join(names)}" if names else ""
 
 
+class PartDone(BaseException):
+    """Ends a process that shares a step with others, and is not the main one, once there is nothing more to share."""
+
+
 class ProofFailed(Exception):
     """A step's own check of its result did not hold. The message gives the figures and the bounds."""

@@ -1,12 +1,14 @@
 """The fork server: imports the heavy libraries once, then starts each step's process in about 0.1 s.
 
-`python -m steps.frame.forkserver FD MODULE...` speaks JSON lines over the socket FD: `{"id", "spec"}` starts a step,
-`{"id", "signal"}` signals its process group; back come `{"ready"}`, `{"id", "pid"}` and `{"id", "code",
-"peak_memory"}`. When the socket closes, every step is killed and the server ends: no orphan outlives its flow.
-CUDA must not be initialised before the fork, so nothing here touches a device.
+`python -m steps.frame.forkserver FD MODULE...` speaks JSON lines over the socket FD: `{"id", "spec", "command"}` starts
+a step (by a command of its own where that is not empty), `{"id", "signal"}` signals its process group; back come
+`{"ready"}`, `{"id", "pid"}` and `{"id", "code", "peak_memory"}`. When the socket closes, every step is killed and the
+server ends: no orphan outlives its flow.
+
+CUDA must not be initialised before the fork, so nothing here touches a device; should a preloaded module have done so,
+each step gets a fresh interpreter.
 """
 
-import ctypes
 import gc
 import importlib
 import json
@@ -19,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from steps.frame.runner import run_step
+from steps.frame.scale import die_with_parent, use_devices
 from steps.frame.spec import LOG_NAME, StepSpec
-
-_PR_SET_PDEATHSIG = 1
 
 
 class ForkServer:
@@ -59,7 +60,7 @@ class ForkServer:
         if "spec" in message:
             pid = os.fork()
             if pid == 0:
-                self.child(Path(message["spec"]))
+                self.child(Path(message["spec"]), message["command"])
             self.children[pid] = message["id"]
             self.send({"id": message["id"], "pid": pid})
             return
@@ -67,7 +68,7 @@ class ForkServer:
             if job == message["id"]:
                 _signal_group(pid, message["signal"])
 
-    def child(self, spec_path: Path) -> None:
+    def child(self, spec_path: Path, command: list[str]) -> None:
         """Become the step's process: own group, own log, dies with the server. Does not return."""
         code = 1
         try:
@@ -81,6 +82,10 @@ class ForkServer:
             os.close(self.wake_write)
             spec = StepSpec.model_validate_json(spec_path.read_bytes())
             redirect_output(spec.work / LOG_NAME)
+            use_devices(spec)
+            if command or _has_touched_cuda():
+                command = command or [sys.executable]
+                os.execv(command[0], [*command, "-m", "steps", str(spec_path)])
             result = run_step(spec)
             code = {"finished": 0, "refused": 2, "failed": 1}[result.status]
         finally:
@@ -128,13 +133,10 @@ def redirect_output(log: Path) -> None:
     os.close(nothing)
 
 
-def die_with_parent() -> None:
-    """Ask the kernel (Linux) to kill this process when its parent dies, however that happens.
-
-    The kernel means the thread that forked; in the server that is the main thread, which lives as long as it does.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _has_touched_cuda() -> bool:
+    """Whether CUDA is lost to this process, because its parent has used it."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.cuda._is_in_bad_fork()
 
 
 def _signal_group(pid: int, number: int) -> None:

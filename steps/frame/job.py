@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steps.frame.config import Resources
+from steps.frame.errors import PartDone
+from steps.frame.scale import threads
 from steps.frame.spec import METRICS_NAME, PLOTS_NAME, PROGRESS_NAME, InputSpec, StepSpec
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 class Job:
     """Directories, logger, metrics, progress and resources of one running step."""
 
-    def __init__(self, spec: StepSpec) -> None:
+    def __init__(self, spec: StepSpec, rank: int = 0) -> None:
         self.name = spec.name
         self.key = spec.key
         self.resources: Resources = spec.resources
@@ -28,10 +30,12 @@ class Job:
         self.resolved: Mapping[str, InputSpec] = spec.resolved
         """Registry sources by URI, fetched before the step began."""
         self.log = logging.getLogger(f"posttrain.{spec.name}")
+        self.rank = rank
+        """Number of this process among those that share the step (`resources`); only the main one, 0, is heard."""
         self._work = spec.work
         self._last_progress = 0.0
         self._last_metrics: dict[str, float] = {}
-        self._metrics = (spec.work / METRICS_NAME).open("a", encoding="utf-8")
+        self._metrics = (spec.work / METRICS_NAME if rank == 0 else Path(os.devnull)).open("a", encoding="utf-8")
 
     @property
     def scratch(self) -> Path:
@@ -42,11 +46,17 @@ class Job:
 
     @property
     def cpus(self) -> int:
-        """Cores granted."""
-        return self.resources.cpus or os.cpu_count() or 1
+        """Cores granted to this process."""
+        return threads(self.resources)
 
     def output(self, name: str = "") -> Path:
-        """Return a fresh directory for one output; its content is published when the step returns."""
+        """Return a fresh directory for one output; its content is published when the step returns.
+
+        Of several processes (`resources`) only the main one comes back from here: what all take part in, the training
+        and the gathering of what they hold, must be done before.
+        """
+        if self.rank:
+            raise PartDone
         path = self._work / "staging" / (name or "output")
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
@@ -67,6 +77,8 @@ class Job:
 
     def log_figure(self, name: str, figure: "Figure") -> None:
         """Keep a matplotlib figure as `NAME.png` and `NAME.svg` among the step's plots."""
+        if self.rank:
+            return
         folder = self._work / PLOTS_NAME
         folder.mkdir(exist_ok=True)
         figure.savefig(folder / f"{name}.png", dpi=144, bbox_inches="tight")
@@ -75,7 +87,7 @@ class Job:
     def progress(self, done: float, total: float, what: str = "") -> None:
         """Say how far the step is; shown on the terminal and in Prefect. Written at most five times a second."""
         now = time.monotonic()
-        if done < total and now - self._last_progress < 0.2:
+        if self.rank or (done < total and now - self._last_progress < 0.2):
             return
         self._last_progress = now
         path = self._work / PROGRESS_NAME

@@ -18,6 +18,7 @@ def step_key(
     config: StepConfig,
     parents: Mapping[str, Sequence[str]],
     sources: Mapping[str, str],
+    processes: int = 1,
 ) -> str:
     """Compute a step's key.
 
@@ -26,6 +27,7 @@ def step_key(
         config: validated config; defaults count, so an explicit default gives the same key.
         parents: for each input field the `<key of the producing step>:<output>` of its parents, in order.
         sources: fingerprint of each external source by URI.
+        processes: how many share the work: each adds a batch of its own to every optimizer step.
     """
     content = {
         "kind": kind.name,
@@ -34,5 +36,6 @@ def step_key(
         "parents": {field: list(keys) for field, keys in parents.items()},
         "sources": dict(sources),
         "libraries": kind.library_versions(),
+        **({"processes": processes} if processes > 1 else {}),
     }
     return hashlib.sha256(canonical_json(content)).hexdigest()

@@ -132,7 +132,9 @@ def kind_names() -> tuple[str, ...]:
             continue
         path = [f"{base}/{room.name}" for base in rooms.__path__]
         modules = pkgutil.iter_modules(path)
-        names += [f"{room.name}.{module.name}" for module in modules if not module.name.startswith("_")]
+        names += [
+            f"{room.name}.{module.name}" for module in modules if not (module.ispkg or module.name.startswith("_"))
+        ]
     return tuple(sorted(names))
 
 

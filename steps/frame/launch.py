@@ -1,8 +1,7 @@
-"""Launch steps in processes of their own and wait for them: through the fork server, or as a fresh interpreter."""
+"""Launch steps in processes of their own, through the fork server, and wait for them."""
 
 import itertools
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -13,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from steps.frame.spec import LOG_NAME, PROGRESS_NAME, RESULT_NAME, StepResult, StepSpec
+from steps.frame.scale import environment, launch_command, open_to_nodes
+from steps.frame.spec import LOG_NAME, PROGRESS_NAME, RESULT_NAME, SPEC_NAME, StepResult, StepSpec
 
-SPEC_NAME = "spec.json"
 OnProgress = Callable[[Mapping[str, Any]], None]
 
 
@@ -52,15 +51,18 @@ class Launcher:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    env=_environment(),
+                    env=environment(),
                     start_new_session=True,
                 )
             theirs.close()
             self._link = ours
             threading.Thread(target=self._listen, args=(ours,), daemon=True, name="fork-server-listener").start()
 
-    def run(self, spec: StepSpec, on_progress: OnProgress | None = None) -> StepResult:
+    def run(self, spec: StepSpec, on_progress: OnProgress | None = None, python: str = "") -> StepResult:
         """Run one step to its end.
+
+        It is a fork of the server's, unless it asks for several processes or for an interpreter of another environment,
+        `python`: then the fork becomes the command that starts them.
 
         A step that outlives its timeout is terminated, then killed, with its whole process group. A process that
         dies without a result (killed, out of memory) becomes a `failed` result that names the signal.
@@ -72,8 +74,11 @@ class Launcher:
         path.write_text(spec.model_dump_json())
         self.warm_up()
         job = next(self._ids)
-        self._send({"id": job, "spec": str(path)})
-        message = self._wait(job, spec, on_progress)
+        fresh = bool(python) or spec.resources.world > 1
+        command = launch_command(spec.resources, python or sys.executable) if fresh else []
+        with open_to_nodes(spec):
+            self._send({"id": job, "spec": str(path), "command": command})
+            message = self._wait(job, spec, on_progress)
         return _read_result(spec, message)
 
     def close(self) -> None:
@@ -160,41 +165,3 @@ def _read_progress(work: Path) -> Mapping[str, Any]:
         return json.loads((work / PROGRESS_NAME).read_text())
     except (OSError, ValueError):
         return {}
-
-
-def _environment() -> dict[str, str]:
-    """Return the environment of step processes.
-
-    OpenMP's threads (torch, llama.cpp) spin at every barrier. Where steps share cores, a spinning thread keeps the one
-    it waits for from running: beside other work two threads ran 7 to 10 times faster once they gave way. The library
-    reads this when it is loaded.
-    """
-    return {"GOMP_SPINCOUNT": "1000", **os.environ}
-
-
-def run_in_fresh_interpreter(spec: StepSpec, prefix: Sequence[str] = ()) -> StepResult:
-    """Run one step as `[prefix] -m steps SPEC.json`, for an environment or a launcher of its own.
-
-    `prefix` is the command before `-m`: another environment's interpreter, or `accelerate launch --num_processes 8`.
-    """
-    spec.work.mkdir(parents=True, exist_ok=True)
-    (spec.work / RESULT_NAME).unlink(missing_ok=True)
-    path = spec.work / SPEC_NAME
-    path.write_text(spec.model_dump_json())
-    command = [*(prefix or [sys.executable]), "-m", "steps", str(path)]
-    limit = spec.resources.timeout_minutes * 60 or None
-    with (spec.work / LOG_NAME).open("ab") as log:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=_environment(),
-            start_new_session=True,
-        )
-        try:
-            code, timed_out = process.wait(timeout=limit), False
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            code, timed_out = process.wait(), True
-    return _read_result(spec, {"code": code, "timeout": timed_out})

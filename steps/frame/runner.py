@@ -9,30 +9,37 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from steps.artifacts import Artifact, Draft, Manifest, Parent, Store, digest_tree
 from steps.frame.config import StepConfig
-from steps.frame.errors import UserError
+from steps.frame.errors import PartDone, UserError
 from steps.frame.job import Job
 from steps.frame.kinds import StepKind, load_kind
+from steps.frame.scale import rank_of
 from steps.frame.spec import RESULT_NAME, InputSpec, StepResult, StepSpec
 
 
 def run_step(spec: StepSpec) -> StepResult:
     """Run a step to its end and write `result.json` into its work directory.
 
+    Of several processes the main one publishes and writes; another is heard only where it fails, because what the rest
+    then say is only that they lost it.
+
     Never raises for what a step does: a `UserError` becomes `refused`, anything else `failed` with the last line of
     the traceback (the whole of it is in the log).
     """
     began = time.perf_counter()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    rank = rank_of(spec)
+    level = logging.WARNING if rank else logging.INFO
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
     logging.getLogger("posttrain.frame").info("begins: %s (%s), key %s", spec.name, spec.kind, spec.key[:16])
     try:
-        result = _run(spec)
+        result = _run(spec, rank)
+    except PartDone:
+        return StepResult(status="finished", seconds=time.perf_counter() - began)
     except UserError as error:
         result = StepResult(status="refused", message=str(error))
     except Exception as error:
@@ -41,10 +48,9 @@ def run_step(spec: StepSpec) -> StepResult:
         traceback.print_exc()
         full = _is_disk_full(error)
         result = StepResult(status="refused", message=_disk_full(spec)) if full else _failed(error)
-    if result.status != "finished":
-        shutil.rmtree(spec.work / "staging", ignore_errors=True)
+    shutil.rmtree(spec.work / "staging", ignore_errors=True)
     result = result.model_copy(update={"seconds": time.perf_counter() - began, "peak_memory": peak_memory()})
-    _write_result(spec.work, result)
+    _write_result(spec, result, rank)
     return result
 
 
@@ -54,11 +60,11 @@ def peak_memory() -> int:
     return max(usage.ru_maxrss for usage in usages) * 1024
 
 
-def _run(spec: StepSpec) -> StepResult:
+def _run(spec: StepSpec, rank: int) -> StepResult:
     began = time.perf_counter()
     kind = load_kind(spec.kind)
     config, parents = _resolve(kind, spec)
-    job = Job(spec)
+    job = Job(spec, rank)
     limit_threads(job.cpus)
     ready = time.perf_counter()
     returned = kind.run(config, job)
@@ -67,7 +73,6 @@ def _run(spec: StepSpec) -> StepResult:
     _check_outputs(kind, config, drafts)
     store = Store(spec.store)
     outputs = {name: _publish(spec, kind, name, draft, parents, store).digest for name, draft in drafts.items()}
-    shutil.rmtree(spec.work / "staging", ignore_errors=True)
     own = ready - began + time.perf_counter() - done
     return StepResult(status="finished", outputs=outputs, metrics=job.last_metrics, load_seconds=own)
 
@@ -154,7 +159,11 @@ def _failed(error: Exception) -> StepResult:
     return StepResult(status="failed", message=message)
 
 
-def _write_result(work: Path, result: StepResult) -> None:
-    partial = work / f"{RESULT_NAME}.partial"
+def _write_result(spec: StepSpec, result: StepResult, rank: int) -> None:
+    """Write the result whole; of several processes the first to end says what became of the step."""
+    path = spec.work / RESULT_NAME
+    if spec.resources.world > 1 and path.exists():
+        return
+    partial = spec.work / f"{RESULT_NAME}.{rank}"
     partial.write_text(result.model_dump_json())
-    partial.replace(work / RESULT_NAME)
+    partial.replace(path)

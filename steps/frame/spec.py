@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from steps.frame.config import Resources
 
+SPEC_NAME = "spec.json"
 RESULT_NAME = "result.json"
 LOG_NAME = "log.txt"
 METRICS_NAME = "metrics.jsonl"
@@ -47,6 +48,8 @@ class StepSpec(_Message):
     resolved: Mapping[str, InputSpec] = {}
     """`registry://` sources, already fetched by the flow."""
     resources: Resources = Resources()
+    devices: tuple[str, ...] = ()
+    """GPUs that it may use, as `CUDA_VISIBLE_DEVICES` names them, where it asks for some."""
 
 
 class StepResult(_Message):

@@ -3,6 +3,7 @@
 Everything that trains on, calibrates with or measures a conversation must see the same tokens, so it asks here.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,18 +23,19 @@ class Conversation:
 
     text: str
     ids: list[int]
-    assistant: list[bool]
-    """For every token, whether the assistant wrote it (its end-of-turn token included)."""
+    turns: tuple[range, ...]
+    """Tokens of each of the assistant's turns, its end-of-turn token included."""
+
+    @property
+    def assistant(self) -> list[bool]:
+        """For every token, whether the assistant wrote it."""
+        own = set().union(*self.turns)
+        return [index in own for index in range(len(self.ids))]
 
     @property
     def prompt_length(self) -> int:
-        """Tokens before the last run of the assistant's tokens; all of them where the assistant says nothing."""
-        end = len(self.ids)
-        while end and not self.assistant[end - 1]:
-            end -= 1
-        while end and self.assistant[end - 1]:
-            end -= 1
-        return end if any(self.assistant) else len(self.ids)
+        """Tokens before the assistant's last turn; all of them where the assistant says nothing."""
+        return next((turn.start for turn in reversed(self.turns) if turn), len(self.ids))
 
 
 def render(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message], *, prompt: bool = False) -> str:
@@ -67,8 +69,10 @@ def conversation(
     tokenizer: "PreTrainedTokenizerFast",
     messages: Sequence[Message],
     stop_token_ids: Sequence[int] = (),
+    *,
+    only_last: bool = False,
 ) -> Conversation:
-    """Tokenise a whole conversation and mark the assistant's tokens.
+    """Tokenise a whole conversation and mark the assistant's tokens, of all its turns or of the last one only.
 
     An assistant's turn runs from where the template invites it to speak to its first stop token (`stop_token_ids`, by
     default the tokenizer's end token), because what the template writes after that no model ever generates.
@@ -82,29 +86,28 @@ def conversation(
     ids: list[int] = list(encoded["input_ids"])  # pyright: ignore[reportArgumentType]
     starts = [start for start, _ in encoded["offset_mapping"]]  # pyright: ignore[reportGeneralTypeIssues]
     stops = set(stop_token_ids) or set(token_ids(tokenizer, str(tokenizer.eos_token)))
-    assistant = [False] * len(ids)
-    for begin, end in _turns(tokenizer, messages, text):
-        for index, start in enumerate(starts):
-            if begin <= start < end:
-                assistant[index] = True
-                if ids[index] in stops:
-                    break
-    return Conversation(text, ids, assistant)
+    turns = []
+    for begin, end in _turns(tokenizer, messages, text, only_last):
+        first, last = bisect_left(starts, begin), bisect_left(starts, end)
+        stop = next((index + 1 for index in range(first, last) if ids[index] in stops), last)
+        turns.append(range(first, stop))
+    return Conversation(text, ids, tuple(turns))
 
 
-def _turns(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
+def _turns(
+    tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message], text: str, only_last: bool
+) -> list[tuple[int, int]]:
     """Return the spans of characters of the assistant's turns."""
+    own = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
+    for index in own[-1:] if only_last else own:
         before = render(tokenizer, messages[:index], prompt=True)
         through = render(tokenizer, messages[: index + 1])
         # The last turn's text is what matters to most callers; an earlier one may lose its reasoning to the template.
         if not (text.startswith(before) and text.startswith(through)):
             raise UserError(
                 f"{tokenizer.name_or_path}: the chat template changes the assistant's turn {index + 1} when it is part "
-                "of a longer conversation; give conversations with one assistant turn"
+                "of a longer conversation; give conversations with one assistant turn, or train on the last turn only"
             )
         spans.append((len(before), len(through)))
     return spans

@@ -1,8 +1,9 @@
-"""`merge.adapter`: fold a LoRA adapter into its base, and prove that the answers stay the same."""
+"""`merge.adapter`: fold an adapter into its base, and prove that the answers stay the same."""
 
 import json
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, Field
 
@@ -11,11 +12,15 @@ from steps.frame import Follows, Input, Job, Resources, StepConfig, UserError, s
 from steps.frame.errors import ProofFailed
 from steps.lm.chat import conversation
 from steps.lm.checkpoint import Dtype, load_model, load_tokenizer, model_facts, save_model
+from steps.lm.four_bit import load_four_bit
 from steps.lm.rows import read_jsonl
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+Onto = Literal["original", "dequantised"]
+"""What the adapter's update is added to: the base as it is stored, or what its 4 bits (QLoRA) stand for."""
 
 # Used where the recipe gives no held-out data: any text will show a wrong scale or a missing layer.
 _PROBES = (
@@ -27,7 +32,11 @@ _PROBES = (
 
 
 class MergeAdapter(StepConfig):
-    """Fold a LoRA adapter into its base weights and prove that base + adapter and the merged model agree."""
+    """Fold an adapter into its base weights and prove that base + adapter and the merged model agree.
+
+    An adapter that was trained on a base in 4 bits is compared with that base. It is merged twice, onto the stored base
+    and onto what the 4 bits stand for, and the better of the two by measurement is given out.
+    """
 
     adapter: Input[Adapter]
     base: Input[Model] = Follows("adapter.model")
@@ -65,8 +74,6 @@ class Parity(BaseModel):
 )
 def merge_adapter(config: MergeAdapter, job: Job) -> Draft:
     """Merge in float32, store in `dtype`, reload what was stored and compare it with base + adapter."""
-    from peft import PeftModel
-
     if config.adapter.facts.base != config.base.digest:
         raise UserError(
             f"step `{job.name}`: the adapter was trained on {config.adapter.facts.base[:12]}, not on "
@@ -74,25 +81,56 @@ def merge_adapter(config: MergeAdapter, job: Job) -> Draft:
         )
     tokenizer = load_tokenizer(config.base.path)
     rows = _token_rows(config, tokenizer)
-    base = load_model(config.base.path, "float32")
-    tuned = PeftModel.from_pretrained(base, str(config.adapter.path))
-    job.progress(1, 4, "loaded")
-    expected = [logits(tuned, row) for row in rows]  # pyright: ignore[reportArgumentType]
-    job.progress(2, 4, "base + adapter measured")
-    out = job.output()
-    merged = tuned.merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]
-    save_model(merged.to(getattr(_torch(), config.dtype)), tokenizer, out)
-    del merged, tuned, base
-    job.progress(3, 4, "merged")
-    stored = load_model(out, "float32")
-    parity = compare(expected, [logits(stored, row) for row in rows])
-    job.log_metrics({f"parity/{name}": value for name, value in parity.model_dump().items()})
-    job.log.info("parity: %s", parity)
-    _judge(config, job.name, parity)
-    (out / "parity.json").write_text(json.dumps(parity.model_dump(), indent=2, sort_keys=True) + "\n")
-    job.progress(4, 4, "proved")
+    ways: tuple[Onto, ...] = ("original", "dequantised") if config.adapter.facts.four_bit else ("original",)
+    tuned = _tuned(config, "trained")
+    expected = [logits(tuned, row) for row in rows]
+    del tuned
+    job.progress(1, 1 + len(ways), "base + adapter measured")
+    outs = {onto: job.output(onto) for onto in ways}
+    proofs: dict[Onto, Parity] = {}
+    for done, onto in enumerate(ways, start=2):
+        proofs[onto] = _merged(config, onto, tokenizer, outs[onto], rows, expected)
+        job.log.info("merged onto the %s base: %s", onto, proofs[onto])
+        job.progress(done, 1 + len(ways), f"merged onto the {onto} base")
+    best = min(proofs, key=lambda onto: (math.isnan(proofs[onto].mean_kl), proofs[onto].mean_kl))
+    job.log_metrics({f"parity/{name}": value for name, value in proofs[best].model_dump().items()})
+    _judge(config, job.name, proofs[best])
+    out = outs[best]
+    measured = {onto: each.model_dump() for onto, each in proofs.items()}
+    record = {**measured[best], "onto": best, "measured": measured}
+    (out / "parity.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
     facts = config.base.facts
     return Model.draft(out, model_facts(out, origin=facts.origin, licence=facts.licence))
+
+
+def _tuned(config: MergeAdapter, onto: Onto | Literal["trained"]) -> "PreTrainedModel":
+    """Load the base with its adapter in float32: as it was trained on, or in a form that can be merged."""
+    from peft import PeftModel
+
+    four_bit = config.adapter.facts.four_bit
+    if four_bit and onto != "original":
+        base = load_four_bit(config.base.path, "float32", four_bit)
+        if onto == "dequantised":
+            base = base.dequantize()
+    else:
+        base = load_model(config.base.path, "float32")
+    return PeftModel.from_pretrained(base, str(config.adapter.path))  # pyright: ignore[reportReturnType]
+
+
+def _merged(
+    config: MergeAdapter,
+    onto: Onto,
+    tokenizer: "PreTrainedTokenizerFast",
+    out: Path,
+    rows: list[list[int]],
+    expected: list["torch.Tensor"],
+) -> Parity:
+    """Merge, store in `out`, and measure what was stored."""
+    merged = _tuned(config, onto).merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]
+    save_model(merged.to(getattr(_torch(), config.dtype)), tokenizer, out)
+    del merged
+    stored = load_model(out, "float32")
+    return compare(expected, [logits(stored, row) for row in rows])
 
 
 def logits(model: "PreTrainedModel", ids: list[int]) -> "torch.Tensor":
@@ -100,7 +138,7 @@ def logits(model: "PreTrainedModel", ids: list[int]) -> "torch.Tensor":
     torch = _torch()
     model.eval()
     with torch.inference_mode():
-        return model(input_ids=torch.tensor([ids])).logits[0].float()
+        return model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float().cpu()
 
 
 def compare(expected: list["torch.Tensor"], found: list["torch.Tensor"]) -> Parity:

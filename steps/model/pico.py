@@ -11,6 +11,7 @@ from pydantic import Field
 from steps.artifacts import Draft, Model
 from steps.frame import Job, Resources, StepConfig, step
 from steps.lm.checkpoint import model_facts, save_model
+from steps.lm.tasks import THINK_CLOSE, THINK_OPEN
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -20,6 +21,7 @@ CHATML = (
     "+ '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+_THINKING = (THINK_OPEN, THINK_CLOSE)
 
 
 class PicoModel(StepConfig):
@@ -42,6 +44,7 @@ class PicoModel(StepConfig):
     "model.pico",
     produces=Model,
     reference="https://arxiv.org/abs/2302.13971",
+    version=2,
     libraries=("torch", "transformers", "tokenizers"),
     preload=("torch", "transformers.models.llama"),
     resources=Resources(cpus=0),
@@ -62,15 +65,20 @@ def pico_model(config: PicoModel, job: Job) -> Draft:
 
 
 def train_tokenizer(text: list[str], vocabulary: int, context: int) -> "PreTrainedTokenizerFast":
-    """Train a byte-level BPE (GPT-2's pre-tokenizer) with ChatML's tokens and template."""
+    """Train a byte-level BPE (GPT-2's pre-tokenizer, every digit a token) with ChatML's tokens and template.
+
+    Single digits are what SmolLM and Qwen have too; without them a small model cannot learn to calculate.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    from transformers import AddedToken, PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
+        vocab_size=vocabulary - len(_THINKING),
         special_tokens=_SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -82,6 +90,8 @@ def train_tokenizer(text: list[str], vocabulary: int, context: int) -> "PreTrain
         pad_token="<|endoftext|>",
         model_max_length=context,
     )
+    # Not special: they are part of the text that a thinking model writes, as in Qwen3.
+    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in _THINKING])
     tokenizer.chat_template = CHATML
     return tokenizer
 

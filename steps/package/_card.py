@@ -138,7 +138,8 @@ def _what(folder: Folder) -> str:
         note = f", {artifact.facts.fallbacks} tensors in another type" if artifact.facts.fallbacks else ""
         return f"{artifact.facts.format.upper()} {artifact.facts.scheme}{note}"
     if isinstance(artifact, Adapter):
-        return f"{artifact.facts.method} adapter of rank {artifact.facts.rank}"
+        rank = f" of rank {artifact.facts.rank}" if artifact.facts.rank else ""
+        return f"{artifact.facts.method} adapter{rank}"
     return f"full checkpoint, {artifact.facts.dtype}"
 
 

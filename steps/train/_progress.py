@@ -1,5 +1,6 @@
 """The bridge from a trainer's callbacks to the job's metrics and progress."""
 
+from collections.abc import Container
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -10,8 +11,10 @@ from steps.frame import Job
 class ReportToJob(TrainerCallback):
     """Pass on what the trainer logs, by optimizer step, and how far it is."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, omit: Container[str] = ()) -> None:
         self.job = job
+        self.omit = omit
+        """Names of numbers that are not passed on."""
 
     def on_log(
         self,
@@ -22,7 +25,11 @@ class ReportToJob(TrainerCallback):
         **_: Any,
     ) -> None:
         """Record every number of a log line."""
-        numbers = {name: value for name, value in (logs or {}).items() if isinstance(value, (int, float))}
+        numbers = {
+            name: value
+            for name, value in (logs or {}).items()
+            if isinstance(value, (int, float)) and name not in self.omit
+        }
         self.job.log_metrics(numbers, step=state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -4,10 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
+from jsonschema import Draft202012Validator
 
-from flows.graph import Graph
-from flows.recipe import load_recipe
+from flows.graph import Graph, build_graph
+from flows.recipe import StepEntry, load_recipe
+from flows.schema import recipe_schema
 from steps.frame import UserError
+from tests.flows.command import ROOT
 
 Build = Callable[..., Graph]
 
@@ -146,7 +150,51 @@ def test_extends_merges_and_null_removes(write: Callable[[str, str], Path]) -> N
     loaded = load_recipe(path)
     assert loaded.recipe.name == "above"
     assert list(loaded.recipe.steps) == ["one"]
-    assert loaded.recipe.steps["one"].config == {"layers": 3}
+    one = loaded.recipe.steps["one"]
+    assert isinstance(one, StepEntry)
+    assert one.config == {"layers": 3}
+
+
+def test_another_kind_of_adapter_replaces_the_old_one_whole(write: Callable[[str, str], Path]) -> None:
+    data = "data: {uses: data.prepare, source: python-stdlib-docs, model: base}"
+    sft = "sft: {uses: train.sft, model: base, data: data.train, adapter: {kind: lora, rank: 8}}"
+    write("below.yaml", f"name: below\nbase: {{uses: model.pico}}\nsteps:\n  {data}\n  {sft}\n")
+    path = write("above.yaml", "extends: below.yaml\nsteps: {sft: {adapter: {kind: full}}}\n")
+    assert build_graph(load_recipe(path)).nodes["sft"].config.model_dump()["adapter"] == {"kind": "full"}
+
+
+def test_a_key_of_another_kind_of_adapter_names_those_of_this_kind(recipe: Build) -> None:
+    message = refusal(recipe, ("max_steps: 4", "adapter: {kind: full, rank: 8}"))
+    assert "steps.sft.adapter.rank: unknown key; known here: kind" in message
+
+
+def test_a_report_of_many_members_is_no_gate(recipe: Build) -> None:
+    compare = "evaluate.compare, reference: merged, candidates: base, data: data.eval"
+    quality = f"quality: {{uses: {compare}, matrix: {{rows: [4, 8]}}}}"
+    gates = "members: [merged], gates: [{metric: quality.kl, at_most: 1}]}"
+    message = refusal(recipe, ("publish:", f"  {quality}\npublish:"), ("members: [merged, gguf]}", gates))
+    assert (
+        "publish.gates.0.metric: `quality` is several reports; name one: `quality[4].kl` or `quality[8].kl`" in message
+    )
+
+
+def test_the_schema_takes_what_the_loader_takes(write: Callable[[str, str], Path]) -> None:
+    check = Draft202012Validator(recipe_schema())
+    for path in sorted((ROOT / "recipes").glob("*.yaml")):
+        assert [error.message for error in check.iter_errors(yaml.safe_load(path.read_text(encoding="utf-8")))] == []
+    text = (
+        "name: a\nsteps:\n"
+        "  loop: {rounds: 2, carry: {it: {start: base, then: one}}, steps: {one: {uses: model.pico}}}\n"
+        "profiles: {small: {base: null, steps: {loop: {rounds: 1, steps: {one: null}}}, publish: {family: x}}}\n"
+    )
+    assert list(check.iter_errors(yaml.safe_load(text))) == []
+    for old, new in (
+        ("rounds: 2", "ronds: 2"),
+        ("start", "strat"),
+        ("model.pico", "model.pica"),
+        ("base: n", "bace: n"),
+    ):
+        assert list(check.iter_errors(yaml.safe_load(text.replace(old, new)))), new
 
 
 def test_extends_refuses_a_circle_and_a_missing_file(write: Callable[[str, str], Path]) -> None:

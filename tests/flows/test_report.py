@@ -292,3 +292,58 @@ def test_one_candidate_and_bare_figures(run: RunReport, write: Callable[[str, st
     alone = replace(run, comparisons={"quality": folder})
     assert re.search(r"<h1>a\$b\$: perplexity 5.0</h1>", render_report(alone))
     assert comparison_png(alone) is not None
+
+
+@pytest.fixture
+def solved_tasks(run: RunReport, write: Callable[[str, str], Path]) -> RunReport:
+    """A run with the report of `evaluate.tasks`: the base solves 10 of 40 tasks, the policy those and 20 more."""
+    accuracy = {"base": 0.25, "policy": 0.75}
+    rows = [
+        {
+            "sample": f"t{index:02}",
+            "candidate": name,
+            "prompt": [{"role": "user", "content": f"{index}+1"}],
+            "reference_answer": str(index + 1),
+            "answer": f"<think>{HOSTILE}</think>{index + 1}",
+            "score": float(index < share * 40),
+            "tokens": 7.0,
+        }
+        for index in range(40)
+        for name, share in accuracy.items()
+    ]
+    point = {"accuracy": 0.2, "interval": [0.1, 0.35]}
+    budgets = [{**point, "thinking_tokens": 0}, {**point, "thinking_tokens": 64}, {**point, "thinking_tokens": None}]
+    summary = {
+        "reference": "base",
+        "score": "exact",
+        "candidates": {name: {"accuracy": share, "truncated": 0.1} for name, share in accuracy.items()},
+        "budgets": {"base": budgets, "policy": budgets},
+    }
+    folder = write("tasks/rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows)).parent
+    write("tasks/summary.json", json.dumps(summary))
+    steps = [*run.steps, step("solved", "evaluate.tasks", "base", "data")]
+    return replace(run, steps=steps, comparisons={"solved": folder})
+
+
+def test_solved_tasks_are_told_and_drawn(solved_tasks: RunReport) -> None:
+    html = render_report(solved_tasks)
+    text = _Page(html).text
+    assert "<h1>policy solves 75.0 % of the tasks, more than base with 25.0 %</h1>" in html
+    assert "Accuracy 75.0 % policy, base 25.0 %" in text, "tile"
+    assert "right is what exact says" in text
+    assert "Share of tasks solved, 95 % interval" in text
+    assert "Share of tasks solved by thinking budget, tokens" in text
+    assert "no limit" in text
+    assert not {"script", "img"} & {tag for tag, _ in _Page(html).elements}
+    (found,) = (read_comparison("solved", folder, {}) for folder in solved_tasks.comparisons.values())
+    policy = next(each for each in found.candidates if each.name == "policy").figures["accuracy"]
+    assert policy.interval == pytest.approx(bootstrap_interval([1.0] * 30 + [0.0] * 10), abs=0.03)
+    assert (policy.verdict, policy.difference) == ("better", 0.5)
+
+
+def test_solved_tasks_stand_beside_a_comparison(run: RunReport, solved_tasks: RunReport) -> None:
+    both = replace(solved_tasks, comparisons={**run.comparisons, **solved_tasks.comparisons})
+    text = _Page(render_report(both)).text
+    assert "Tuned beats base: answer score 0.61 against 0.24" in text
+    assert "Accuracy 75.0 % policy, base 25.0 %" in text
+    assert comparison_png(both) == comparison_png(run)

@@ -191,6 +191,7 @@ def test_a_recipe_submitted_through_the_form(site: Site) -> None:
     assert form["recipe"]["enum"] == ["night"]
     assert {name: field["type"] for name, field in form.items()} == {
         "recipe": "string",
+        "profile": "string",
         "overrides": "array",
         "publish": "boolean",
     }

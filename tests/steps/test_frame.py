@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from steps.artifacts import Manifest, Store, digest_tree
 from steps.frame import Resources, StepConfig, all_kinds, load_kind
 from steps.frame.config import edges_of
-from steps.frame.launch import Launcher, run_in_fresh_interpreter
+from steps.frame.launch import Launcher
 from steps.frame.spec import StepSpec
 from tests.conftest import Bench
 
@@ -112,7 +113,7 @@ def test_pico_model_is_published_with_its_facts(bench: Bench, pico: Any) -> None
 
 def test_same_step_gives_the_same_digest_in_any_process(bench: Bench, tmp_path: Path) -> None:
     forked = bench.launcher.run(spec_of(tmp_path / "forked"))
-    fresh = run_in_fresh_interpreter(spec_of(tmp_path / "fresh"))
+    fresh = bench.launcher.run(spec_of(tmp_path / "fresh"), python=sys.executable)
     assert forked.status == fresh.status == "finished", forked.message + fresh.message
     assert forked.outputs == fresh.outputs
     assert forked.peak_memory > 100e6
@@ -145,7 +146,6 @@ def test_steps_die_with_their_flow(tmp_path: Path) -> None:
         "Launcher([], Path(sys.argv[1])).run(StepSpec.model_validate_json(sys.argv[2]))"
     )
     launcher.close()
-    import sys
     import time
 
     import psutil
@@ -188,8 +188,6 @@ def test_full_disk_is_one_sentence_and_leaves_nothing(bench: Bench, small_disk: 
 
 def test_planning_sees_every_kind_without_torch() -> None:
     code = "import sys; from steps.frame import all_kinds; all_kinds(); print([m for m in ('torch', 'transformers', 'mlflow', 'prefect') if m in sys.modules])"  # noqa: E501
-    import sys
-
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"
 

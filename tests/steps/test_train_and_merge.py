@@ -49,7 +49,7 @@ def joined(bench: Any) -> Dataset:
 @pytest.fixture(scope="session")
 def tuned(bench: Any, pico: Any, joined: Dataset) -> Any:
     inputs = {"model": pico, "data": joined}
-    return bench.run("train.sft", inputs, epochs=12, batch_size=8, learning_rate=1e-2, checkpoint_steps=8, seed=3)[""]
+    return bench.run("train.sft", inputs, epochs=12, batch_size=8, learning_rate=4e-3, checkpoint_steps=8, seed=3)[""]
 
 
 def losses(work: Path) -> dict[int, float]:

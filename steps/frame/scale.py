@@ -1,0 +1,158 @@
+"""Several processes for one step: the command that starts them, what a machine lacks for them, and which one speaks.
+
+Every process runs the step's whole function (a trainer divides the rows among them); the main one, rank 0, alone logs,
+reports and publishes. `accelerate launch` starts them by a profile in `infra/accelerate/`.
+
+Several nodes share the home's directory. The flow runs on the first; the environment of all names its address in
+`MASTER_ADDR` (and a free port of it in `MASTER_PORT`, 29500 where that is unset). On each other node `posttrain join`
+takes part in every such step; the node's number, from 1, is in `NODE_RANK`.
+"""
+
+import ctypes
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from steps.frame.config import Resources
+from steps.frame.errors import UserError
+from steps.frame.hardware import gpus
+from steps.frame.spec import SPEC_NAME, StepSpec
+
+PROFILES = Path(__file__).parents[2] / "infra" / "accelerate"
+JOIN_NAME = "join"
+"""File in a step's work directory that is there while other nodes may take part."""
+NODE_RANK, ADDRESS, PORT = "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"
+_PR_SET_PDEATHSIG = 1
+_SET_BY_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", ADDRESS, PORT)
+
+
+def launch_command(resources: Resources, python: str = sys.executable, node: int = 0) -> list[str]:
+    """Return the command that runs a module on a node, all but the module itself.
+
+    The number of threads is what the node's cores leave for each process. On one node any free port will do.
+    """
+    if resources.world == 1:
+        return [python]
+    one = resources.nodes == 1
+    options = {
+        "config_file": PROFILES / f"{resources.launcher}.yaml",
+        "num_processes": resources.world,
+        "num_machines": resources.nodes,
+        "machine_rank": node,
+        "main_process_ip": "127.0.0.1" if one else os.environ[ADDRESS],
+        "main_process_port": 0 if one else os.environ.get(PORT, 29500),
+        "num_cpu_threads_per_process": threads(resources),
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return [python, "-m", "accelerate.commands.launch", *words]
+
+
+def threads(resources: Resources) -> int:
+    """Return the cores that each process of a step may use."""
+    return max((resources.cpus or os.cpu_count() or 1) // resources.local_processes, 1)
+
+
+def lacking(resources: Resources) -> tuple[str, str]:
+    """Return which of a step's `resources` this machine cannot give, and why; two empty texts where it can."""
+    here = len(gpus())
+    if resources.gpus > here:
+        several = "GPUs are" if resources.gpus > 1 else "GPU is"
+        return "gpus", f"{resources.gpus} {several} asked for, this machine has {here or 'none'}"
+    if resources.nodes > 1 and ADDRESS not in os.environ:
+        return (
+            "nodes",
+            f"{resources.nodes} nodes are asked for; set {ADDRESS} to this one's address (see `posttrain join`)",
+        )
+    if resources.world > 1 and resources.launcher.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        return "launch", f"`{resources.launcher}` needs the package deepspeed, which is not installed"
+    return "", ""
+
+
+def die_with_parent() -> None:
+    """Ask the kernel (Linux) to kill this process when its parent dies, however that happens.
+
+    The kernel means the thread that forked; in the fork server and in a launcher that is the main thread, which lives
+    as long as they do.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def rank_of(spec: StepSpec) -> int:
+    """Return this process's number among all of its step; 0 is the main one."""
+    return int(os.environ.get("RANK", 0)) if spec.resources.world > 1 else 0
+
+
+def use_devices(spec: StepSpec) -> None:
+    """Show CUDA the GPUs that were granted to a step, before anything touches one."""
+    if spec.devices or spec.resources.world > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(spec.devices)
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of step processes.
+
+    OpenMP's threads (torch, llama.cpp) spin at every barrier. Where others need the cores, a spinning thread keeps the
+    one it waits for from running: at the default of 300,000 turns a training beside other work was 4 to 6 times
+    slower; at 1,000 turns one alone was 20 % slower. In between neither hurts. The library reads this when it loads.
+
+    CUDA cannot be used after a fork by a process whose parent has asked it for devices; with NVML the question does no
+    harm (see `torch.cuda.is_available`).
+
+    What a launcher says of ranks is said anew for each step; a cluster's own words would make one process wait for
+    others.
+    """
+    kept = {name: value for name, value in os.environ.items() if name not in _SET_BY_LAUNCHER}
+    return {"GOMP_SPINCOUNT": "20000", "PYTORCH_NVML_BASED_CUDA_CHECK": "1", **kept}
+
+
+@contextmanager
+def open_to_nodes(spec: StepSpec) -> Iterator[None]:
+    """Let other nodes take part in a step while it runs."""
+    marker = spec.work / JOIN_NAME
+    if spec.resources.nodes > 1:
+        marker.touch()
+    try:
+        yield
+    finally:
+        marker.unlink(missing_ok=True)
+
+
+def join(work: Path) -> None:
+    """Take part, as node `NODE_RANK`, in every step of several nodes whose work lies below `work`; never returns.
+
+    A step that this node has no part in (its number is beyond the step's nodes) is left alone.
+
+    Raises:
+        UserError: the environment does not say which node this is, or where the first one is.
+    """
+    number = os.environ.get(NODE_RANK, "")
+    if not number.isdigit() or number == "0" or ADDRESS not in os.environ:
+        raise UserError(
+            f"set {NODE_RANK} to this node's number, from 1, and {ADDRESS} to the address of the flow's node"
+        )
+    node = int(number)
+    seen: dict[Path, float] = {}
+    while True:
+        for marker in work.glob(f"*/{JOIN_NAME}"):
+            try:
+                at = marker.stat().st_mtime
+                spec = StepSpec.model_validate_json(marker.with_name(SPEC_NAME).read_bytes())
+            except OSError:
+                continue
+            if seen.get(marker) == at or node >= spec.resources.nodes:
+                continue
+            seen[marker] = at
+            print(f"{spec.name}: joined", flush=True)
+            command = [*launch_command(spec.resources, node=node), "-m", "steps", str(marker.with_name(SPEC_NAME))]
+            with (spec.work / f"log.{node}.txt").open("ab") as log:
+                options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "preexec_fn": die_with_parent}
+                end = subprocess.run(command, env=environment(), **options)
+            print(f"{spec.name}: ended with code {end.returncode}", flush=True)
+        time.sleep(0.2)

@@ -1,0 +1,177 @@
+"""Audits of reinforcement learning: what tells a policy that learns the task from one that learns the reward."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from steps.frame import Job, UserError
+from steps.lm.tasks import Rollout, Task
+from steps.train._stopping import StopCondition, Stopping
+from steps.train.rewards import Scorer, total
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import TrainerCallback
+
+HISTORY_NAME = "audits.jsonl"
+_KEPT = (
+    "entropy",
+    "kl",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "clip_ratio/region_mean",
+    "cispo_clip_ratio",
+    "num_tokens",
+)
+"""What TRL logs that no audit measures itself."""
+
+
+class RewardsEqual(UserError):
+    """For a whole epoch no group of answers differed in reward, so there was nothing to learn from."""
+
+
+class Audits:
+    """Judges every batch of rollouts for the trainer, and keeps what a person must see to trust the run."""
+
+    def __init__(
+        self,
+        job: Job,
+        scorers: Sequence[Scorer],
+        verifier: Scorer,
+        group_size: int,
+        epoch: int,
+        stop_when: list[StopCondition],
+    ) -> None:
+        self.job = job
+        self.scorers = scorers
+        self.verifier = verifier
+        self.group_size = group_size
+        self.epoch = epoch
+        self.stopping = Stopping(stop_when)
+        self.dead_steps = 0
+        """Steps in a row in which no group of answers differed in reward."""
+        self._pending: dict[str, float] = {}
+        self._ratios: list[np.ndarray[Any, Any]] = []
+
+    def rewards(self, tasks: Sequence[Task], stops: Sequence[int]) -> Callable[..., list[float]]:
+        """Return the reward function in the form that TRL calls."""
+
+        def reward(completions: Any, completion_ids: Any, task: list[int], **_: Any) -> list[float]:
+            rollouts = [
+                Rollout(tasks[index], _text(completion), len(ids), not ids or ids[-1] not in stops)
+                for index, completion, ids in zip(task, completions, completion_ids, strict=True)
+            ]
+            sums, parts = total(self.scorers, rollouts)
+            self.saw_rollouts(rollouts, sums, parts)
+            return sums
+
+        return reward
+
+    def saw_rollouts(
+        self, rollouts: Sequence[Rollout], sums: Sequence[float], parts: Mapping[str, Sequence[float]]
+    ) -> None:
+        """Measure one batch of rollouts: answers in groups of `group_size`, their total and their single rewards."""
+        known = parts.get(self.verifier.name)
+        right = np.asarray(known if known is not None else self.verifier(rollouts))
+        rewards = np.asarray(sums)
+        lengths = np.asarray([rollout.tokens for rollout in rollouts], float)
+        grouped = rewards.reshape(-1, self.group_size)
+        above = rewards > np.repeat(grouped.mean(1), self.group_size)
+        verified = right >= 0.5
+        answers = np.asarray([rollout.text for rollout in rollouts], object).reshape(-1, self.group_size)
+        found = {
+            "reward/total": rewards.mean(),
+            "reward/std_in_group": grouped.std(1).mean(),
+            "accuracy": right.mean(),
+            "length/mean": lengths.mean(),
+            "length/reward_correlation": _correlation(lengths, rewards - np.repeat(grouped.mean(1), self.group_size)),
+            "truncated": np.mean([rollout.truncated for rollout in rollouts]),
+            "repetition": np.mean([repeated_share(rollout.text) for rollout in rollouts]),
+            "groups/zero_variance": np.mean(np.ptp(grouped, axis=1) < 1e-9),
+            "groups/distinct": np.mean([len(set(group)) / self.group_size for group in answers]),
+            "hacking/rewarded_wrong": np.mean(above & ~verified),
+            **{f"reward/{name}": np.mean(values) for name, values in parts.items()},
+        }
+        for name, which in (("right", verified), ("wrong", ~verified)):
+            if which.any():
+                found[f"length/{name}"] = lengths[which].mean()
+        self._pending = {name: float(value) for name, value in found.items()}
+        self.dead_steps = self.dead_steps + 1 if found["groups/zero_variance"] == 1 else 0
+
+    def saw_ratios(self, ratios: "torch.Tensor") -> None:
+        """Take the importance ratios of one forward pass (any shape, positive)."""
+        self._ratios.append(ratios.float().flatten().cpu().numpy())
+
+    def log(self, step: int, logged: Mapping[str, float]) -> StopCondition | None:
+        """Record one step's audits with what the trainer logged; return the condition that now ends the training.
+
+        Raises:
+            RewardsEqual: for a whole epoch no group of answers differed in reward.
+        """
+        values = {**self._pending, **{name: logged[name] for name in _KEPT if name in logged}}
+        if self._ratios:
+            ratios = np.concatenate(self._ratios)
+            values |= {
+                "ratio/mean": float(ratios.mean()),
+                "ratio/p99": float(np.quantile(ratios, 0.99)),
+                "ratio/max": float(ratios.max()),
+            }
+            self._ratios = []
+        return self.record(step, values)
+
+    def record(self, step: int, values: Mapping[str, float]) -> StopCondition | None:
+        """Write values down by step; return the condition that now ends the training."""
+        self.job.log_metrics(values, step=step)
+        with (self.job.scratch / HISTORY_NAME).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": step, **values}) + "\n")
+        if self.dead_steps >= self.epoch:
+            raise RewardsEqual(
+                f"step `{self.job.name}`: for a whole epoch ({self.epoch} steps) all answers to a task were rewarded "
+                "alike, so there is nothing to learn from; give easier or harder tasks, or another reward"
+            )
+        return self.stopping.check(values)
+
+    def callback(self) -> "TrainerCallback":
+        """Return the trainer's callback that writes the audits down and ends training where a condition is met."""
+        from steps.train._online import AuditCallback
+
+        return AuditCallback(self)
+
+    def history(self) -> list[dict[str, float]]:
+        """Return what was recorded, a mapping a step in order; a resumed run's later record replaces the earlier."""
+        file = self.job.scratch / HISTORY_NAME
+        merged: dict[int, dict[str, float]] = {}
+        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+            values = json.loads(line)
+            merged.setdefault(int(values["step"]), {}).update(values)
+        return [merged[step] for step in sorted(merged)]
+
+    def plot(self, held_out: Sequence[tuple[int, float]]) -> None:
+        """Draw the audits over the steps, with the best held-out checkpoint marked."""
+        from steps.train._audit_plot import audit_figure
+
+        history = self.history()
+        if history:
+            self.job.log_figure("audits", audit_figure(history, held_out, [scorer.name for scorer in self.scorers]))
+
+
+def repeated_share(text: str, size: int = 4) -> float:
+    """Return the share of a text's word n-grams that occurred before in it, 0 for texts too short to repeat."""
+    words = text.split()
+    grams = [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _correlation(left: np.ndarray[Any, Any], right: np.ndarray[Any, Any]) -> float:
+    """Pearson's correlation; 0 where one side does not vary."""
+    if np.ptp(left) < 1e-9 or np.ptp(right) < 1e-9:
+        return 0.0
+    return float(np.corrcoef(left, right)[0, 1])
+
+
+def _text(completion: Any) -> str:
+    """Return the text of a completion; TRL gives a list of messages where the prompt was one."""
+    return completion if isinstance(completion, str) else "".join(message["content"] or "" for message in completion)

@@ -1,0 +1,102 @@
+"""Callbacks of an online training, and what happens when a reward fails.
+
+Imports transformers: use within a step only.
+"""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from steps.frame import Job, UserError
+from steps.frame.errors import ProofFailed
+from steps.train._audits import Audits
+from steps.train._checkpoints import train
+from steps.train._stopping import StopCondition
+
+
+class AuditCallback(TrainerCallback):
+    """Writes the audits down after each step, shows progress, and ends training where a condition is met."""
+
+    def __init__(self, audits: Audits) -> None:
+        self.audits = audits
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Record a step's audits together with what the trainer logs."""
+        # The last line of a run sums it up; it belongs to no step.
+        if logs and "train_runtime" not in logs:
+            end(self.audits.log(state.global_step, logs), self.audits.job, control)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Report progress in optimizer steps."""
+        self.audits.job.progress(state.global_step, state.max_steps, "steps")
+
+
+class Guard(TrainerCallback):
+    """Remembers the random state at each step's end, so that a checkpoint saved later is one of that moment."""
+
+    def __init__(self) -> None:
+        self._state = random_state()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Remember."""
+        self._state = random_state()
+
+    def save(self, trainer: Trainer, job: Job) -> None:
+        """Save a checkpoint of the last finished step, where there is one."""
+        if trainer.state.global_step and trainer.model is not None:
+            set_random_state(self._state)
+            trainer._save_checkpoint(trainer.model, trial=None)
+            job.log.info("saved a checkpoint of step %d before stopping", trainer.state.global_step)
+
+
+def run(trainer: Trainer, job: Job, guard: Guard) -> None:
+    """Train to the end; where a reward fails, save a checkpoint of the last finished step first.
+
+    Raises:
+        UserError: a reward raised, or returned what is no reward; the sentence names it.
+    """
+    trainer.add_callback(guard)
+    try:
+        train(trainer, job)
+    except UserError:
+        guard.save(trainer, job)
+        raise
+
+
+def end(condition: StopCondition | None, job: Job, control: TrainerControl) -> None:
+    """End training where a condition is met.
+
+    Raises:
+        ProofFailed: the condition says that the step has failed then.
+    """
+    if condition is None:
+        return
+    if condition.then == "fail":
+        raise ProofFailed(f"step `{job.name}`: stopped because {condition.sentence}")
+    job.log.info("training ends early: %s", condition.sentence)
+    control.should_training_stop = True
+
+
+def random_state() -> tuple[Any, ...]:
+    """Return the state of every generator that a trainer's checkpoint holds."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def set_random_state(state: tuple[Any, ...]) -> None:
+    """Set every generator back to a state from `random_state`."""
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
+    if state[3] is not None:
+        torch.cuda.set_rng_state_all(state[3])

@@ -1,0 +1,268 @@
+"""What GRPO and RLOO have in common: rewards, rollouts, audits, held-out verification, and when to stop."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from steps.artifacts import Dataset, Draft, Model, RewardModel
+from steps.frame import Input, Job, UserError
+from steps.lm.checkpoint import load_tokenizer
+from steps.lm.tasks import Task, read_tasks
+from steps.train._adapters import trainable_model, trained_draft
+from steps.train._checkpoints import checkpoints
+from steps.train._settings import Training, common_arguments
+from steps.train._stopping import StopCondition
+from steps.train.rewards import Reward, Scorer
+
+if TYPE_CHECKING:
+    from datasets import Dataset as Table
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class TransformersRollouts(_Part):
+    """Sample with the model that is trained, in its own process: for processors and small models."""
+
+    kind: Literal["transformers"] = "transformers"
+
+
+class VllmRollouts(_Part):
+    """Sample with vLLM, which takes over the weights before each batch."""
+
+    kind: Literal["vllm"] = "vllm"
+    mode: Literal["colocate", "server"] = "colocate"
+    """In the trainer's own processes and on its GPUs, or a server started beforehand (`trl vllm-serve`)."""
+    gpu_memory: float = Field(default=0.3, gt=0, lt=1)
+    """Share of GPU memory for a colocated engine."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    url: str | None = None
+    """Address of the server."""
+    importance_cap: float | None = 2.0
+    """Largest weight that corrects for vLLM's probabilities being other than the trainer's; null corrects nothing."""
+
+
+class ReferenceSync(_Part):
+    """Let the reference follow the policy: from time to time it becomes mixup · policy + (1 − mixup) · reference."""
+
+    every: int = Field(default=64, ge=1)
+    """Optimizer steps between two times."""
+    mixup: float = Field(default=1.0, gt=0, le=1)
+
+
+class RlTraining(Training):
+    """Settings of every trainer that learns from its own samples."""
+
+    data: Input[Dataset]
+    """Tasks to learn from; their last assistant turn is the reference answer."""
+    eval: Input[Dataset] | None = None
+    """Held-out tasks. With them the best checkpoint by the verifier is given out, else the last."""
+    rewards: list[Reward] = Field(min_length=1)
+    """What an answer is rewarded for; the sum of `weight` times each."""
+    verifier: Reward | None = None
+    """What tells right from wrong on held-out tasks and in the audits; the first reward when unset."""
+    reward_model: Input[RewardModel] | None = None
+    """Asked by the reward `reward_model`."""
+    judge: Input[Model] | None = None
+    """Asked by the reward `judge`."""
+    group_size: int = Field(default=8, ge=2)
+    """Answers sampled for each task. `batch_size · accumulation` answers make a step, so it must divide that."""
+    updates_per_rollout: int = Field(default=1, ge=1)
+    """Optimizer steps for which a batch of rollouts is split up: above 1 the later ones are off-policy."""
+    iterations: int = Field(default=1, ge=1)
+    """Passes over each batch of rollouts (the paper's μ)."""
+    max_new_tokens: int = Field(default=256, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    """0 samples from all tokens."""
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    kl: float = Field(default=0.0, ge=0)
+    """Weight of the divergence from the reference (the model before this step); 0 needs no reference."""
+    sync_reference: ReferenceSync | None = None
+    drop_truncated: bool = False
+    """Learn nothing from answers that ran out of tokens (DAPO's overlong filtering)."""
+    rollouts: Annotated[TransformersRollouts | VllmRollouts, Field(discriminator="kind")] = TransformersRollouts()
+    eval_steps: int = Field(default=20, ge=1)
+    """Optimizer steps between two looks at the held-out tasks."""
+    eval_rows: int = Field(default=64, ge=1)
+    """Held-out tasks looked at, answered greedily."""
+    stop_when: list[StopCondition] = []
+    """Conditions on the audits under which training ends early."""
+
+    @field_validator("rewards")
+    @classmethod
+    def _labels(cls, rewards: list[Any]) -> list[Any]:
+        labels = [reward.label for reward in rewards]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f"two rewards are called `{label}`; give one of them another `name`")
+        return rewards
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> "RlTraining":
+        answers = self.batch_size * self.accumulation * self.updates_per_rollout
+        if answers % self.group_size:
+            raise ValueError(
+                f"batch_size · accumulation · updates_per_rollout = {answers} answers do not divide into groups of "
+                f"{self.group_size} (group_size)"
+            )
+        if self.sync_reference and not self.kl:
+            raise ValueError("sync_reference: there is no reference without `kl`; set it above 0")
+        return self
+
+    @property
+    def window(self) -> int:
+        """Optimizer steps that learn from one batch of rollouts."""
+        return self.updates_per_rollout * self.iterations
+
+    @property
+    def tasks_per_rollout(self) -> int:
+        """Tasks asked in one batch of rollouts."""
+        return self.batch_size * self.accumulation * self.updates_per_rollout // self.group_size
+
+
+def rl_arguments(config: RlTraining, job: Job, steps: int) -> dict[str, Any]:
+    """Translate the settings into the arguments that TRL's GRPO and RLOO configs share."""
+    # A checkpoint within a batch of rollouts could not be resumed: the rest of the batch would be sampled anew.
+    between = math.ceil(config.checkpoint_steps / config.window) * config.window
+    arguments = {
+        **common_arguments(config, checkpoints(job)),
+        "max_steps": steps,
+        "num_generations": config.group_size,
+        "steps_per_generation": config.accumulation * config.updates_per_rollout,
+        "num_iterations": config.iterations,
+        "max_completion_length": config.max_new_tokens,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "top_k": config.top_k,
+        "min_p": config.min_p,
+        "beta": config.kl,
+        "mask_truncated_completions": config.drop_truncated,
+        "save_steps": between,
+        "logging_steps": 1,
+        # Order and repetition of the tasks are ours, see `task_order`.
+        "shuffle_dataset": False,
+        "num_train_epochs": 1,
+    }
+    if sync := config.sync_reference:
+        arguments |= {
+            "sync_ref_model": True,
+            "ref_model_sync_steps": sync.every,
+            "ref_model_mixup_alpha": sync.mixup,
+        }
+    if isinstance(config.rollouts, VllmRollouts):
+        arguments |= {
+            "use_vllm": True,
+            "vllm_mode": config.rollouts.mode,
+            "vllm_gpu_memory_utilization": config.rollouts.gpu_memory,
+            "vllm_tensor_parallel_size": config.rollouts.tensor_parallel,
+            "vllm_server_base_url": config.rollouts.url,
+        }
+    return arguments
+
+
+def read_training_tasks(config: RlTraining, job: Job) -> list[Task]:
+    """Read the tasks.
+
+    Raises:
+        UserError: there are fewer than one batch of rollouts asks.
+    """
+    tasks = read_tasks(config.data)
+    if len(tasks) < config.tasks_per_rollout:
+        raise UserError(
+            f"step `{job.name}`: data has {len(tasks)} tasks, one batch of rollouts asks {config.tasks_per_rollout}; "
+            "lower batch_size, or raise group_size"
+        )
+    return tasks
+
+
+def steps_per_epoch(config: RlTraining, tasks: int) -> int:
+    """Return the optimizer steps in which every task is asked once."""
+    return tasks // config.tasks_per_rollout * config.window
+
+
+def total_steps(config: RlTraining, tasks: int) -> int:
+    """Return the optimizer steps of the whole training."""
+    return config.max_steps or max(1, math.floor(config.epochs * steps_per_epoch(config, tasks)))
+
+
+def task_order(config: RlTraining, tasks: list[Task], steps: int) -> "Table":
+    """Return `prompt` and `task` (an index) for every question of the whole training, each epoch shuffled anew.
+
+    One long table instead of epochs over a short one: TRL's sampler draws each epoch's order from a state that a
+    resumed run does not have, so that from the second epoch on it would ask other questions.
+    """
+    import numpy as np
+    from datasets import Dataset as Table
+
+    wanted = math.ceil(steps / config.window) * config.tasks_per_rollout
+    rng = np.random.default_rng(config.seed)
+    order: list[int] = []
+    while len(order) < wanted:
+        # Whole batches only: a batch never asks one task twice.
+        order += rng.permutation(len(tasks))[: len(tasks) - len(tasks) % config.tasks_per_rollout].tolist()
+    order = order[:wanted]
+    return Table.from_dict({"prompt": [[dict(message) for message in tasks[i].prompt] for i in order], "task": order})
+
+
+def train_on_rollouts(config: RlTraining, job: Job, trainer_class: Any, make_arguments: Callable[..., Any]) -> Draft:
+    """Train with one of TRL's online trainers and give out what was learned.
+
+    Args:
+        config: the step's settings.
+        job: its job.
+        trainer_class: `GRPOTrainer` or `RLOOTrainer`.
+        make_arguments: makes that trainer's config from keyword arguments.
+    """
+    from transformers import set_seed
+
+    from steps.train._audited import audited
+    from steps.train._audits import Audits
+    from steps.train._held_out import HeldOut
+    from steps.train._online import Guard, run
+
+    set_seed(config.seed)
+    tokenizer = load_tokenizer(config.model.path)
+    tokenizer.padding_side = "left"
+    tasks = read_training_tasks(config, job)
+    steps = total_steps(config, len(tasks))
+    scorers, verifier = make_scorers(config)
+    audits = Audits(job, scorers, verifier, config.group_size, steps_per_epoch(config, len(tasks)), config.stop_when)
+    model = trainable_model(config.model, config.adapter, config.dtype)
+    trainer = audited(trainer_class, audits)(
+        model=model,
+        reward_funcs=audits.rewards(tasks, config.model.facts.stop_token_ids),
+        args=make_arguments(**rl_arguments(config, job, steps)),
+        train_dataset=task_order(config, tasks, steps),
+        processing_class=tokenizer,
+        callbacks=[audits.callback()],
+    )
+    held_out = HeldOut(config, job, trainer, tokenizer, verifier, audits) if config.eval else None
+    if held_out:
+        trainer.add_callback(held_out)
+    run(trainer, job, Guard())
+    audits.plot(held_out.history if held_out else [])
+    if held_out:
+        held_out.take_best()
+    if "ref" in getattr(model, "peft_config", {}):
+        model.delete_adapter("ref")
+    return trained_draft(config.model, config.adapter, config.dtype, model, tokenizer, job.output())
+
+
+def make_scorers(config: RlTraining) -> tuple[list[Scorer], Scorer]:
+    """Return the rewards and the verifier, ready to be asked."""
+    from steps.train.rewards import Models
+
+    tools = Models(reward_model=config.reward_model, judge=config.judge)
+    scorers = [Scorer(spec, tools) for spec in config.rewards]
+    return scorers, Scorer(config.verifier, tools) if config.verifier else scorers[0]
+
+
+def best_folder(job: Job) -> Path:
+    """Where the best weights so far are kept; it survives a restart."""
+    return job.scratch / "best"

@@ -1,0 +1,106 @@
+"""What every trainer has in common: the model, what of it is trained, and how the optimizer runs."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from steps.artifacts import Adapter, Artifact, Model
+from steps.frame import Input, StepConfig
+from steps.frame.hardware import fast_dtype
+from steps.lm.checkpoint import Dtype
+from steps.train._adapters import AdapterMethod, Full, Lora, Oft
+
+PRELOAD = ("torch", "transformers", "datasets", "peft", "trl.trainer.sft_trainer")
+"""Modules that every trainer needs."""
+LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "tokenizers", "bitsandbytes")
+"""Distributions that shape every trainer's result."""
+
+MUON = "matrices=muon"
+"""`optim_args` of a trainer whose matrices Muon is to train: transformers has no name for it, see `train`."""
+_OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_8bit", "muon": "adamw_torch"}
+
+
+class Training(StepConfig):
+    """Settings of every trainer."""
+
+    model: Input[Model]
+    adapter: AdapterMethod = Lora()
+    """`{kind: lora, rank: 16}`, another kind of adapter, or `{kind: full}` to train every weight."""
+    epochs: float = Field(default=1.0, gt=0)
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after so many optimizer steps, whatever `epochs` says."""
+    batch_size: int = Field(default=8, ge=1)
+    """Rows per forward pass."""
+    accumulation: int = Field(default=1, ge=1)
+    """Forward passes per optimizer step."""
+    optimizer: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
+    """AdamW; the same with its state in 8 bits (a quarter of the memory); or Muon for matrices, AdamW for the rest."""
+    learning_rate: float = Field(default=2e-4, gt=0)
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "cosine"
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the steps over which the rate rises."""
+    final_rate: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the learning rate at which a cosine ends."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    gradient_checkpointing: bool = False
+    """Compute activations anew in the backward pass: less memory, about a third more time."""
+    dtype: Dtype = Field(default_factory=fast_dtype)
+    """Of the frozen weights (adapters) or of the forward pass (full; the trained weights are float32); unset, what this
+    machine is fastest in."""
+    checkpoint_steps: int = Field(default=50, ge=1)
+    """A crash loses at most so many optimizer steps."""
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> "Training":
+        if self.final_rate and self.schedule != "cosine":
+            raise ValueError(f"final_rate: only a cosine schedule ends above zero, not {self.schedule}; leave it out")
+        if self.optimizer == "muon" and isinstance(self.adapter, Oft):
+            raise ValueError(
+                "optimizer: Muon trains matrices, and OFT's weights are none (rows of rotation angles); use adamw"
+            )
+        return self
+
+    def produced(self) -> type[Artifact]:
+        """Kind of the output: it depends on what is trained."""
+        return Model if isinstance(self.adapter, Full) else Adapter
+
+
+def common_arguments(config: Training, checkpoints: Path) -> dict[str, Any]:
+    """Translate the common settings into arguments of any of TRL's configs."""
+    import torch
+
+    full = isinstance(config.adapter, Full)
+    floor = {"min_lr_rate": config.final_rate} if config.final_rate else {}
+    return {
+        "output_dir": str(checkpoints),
+        "num_train_epochs": config.epochs,
+        "max_steps": config.max_steps or -1,
+        "per_device_train_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.accumulation,
+        "learning_rate": config.learning_rate,
+        "optim": _OPTIMIZERS[config.optimizer],
+        "optim_args": MUON if config.optimizer == "muon" else None,
+        "lr_scheduler_type": "cosine_with_min_lr" if floor else config.schedule,
+        "lr_scheduler_kwargs": floor,
+        "warmup_steps": config.warmup,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        # Adapters compute in their base's own precision; only full training needs autocast over float32 weights.
+        "bf16": full and config.dtype == "bfloat16",
+        "fp16": full and config.dtype == "float16",
+        "save_strategy": "steps",
+        "save_steps": config.checkpoint_steps,
+        "save_total_limit": 1,
+        "logging_steps": 5,
+        "logging_first_step": True,
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "report_to": "none",
+        "disable_tqdm": True,
+    }

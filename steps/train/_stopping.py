@@ -1,0 +1,59 @@
+"""Conditions on what training logs, under which it ends early."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class StopCondition(BaseModel):
+    """End training once a metric has been beyond a bound for some steps in a row.
+
+    `{metric: entropy, below: 0.02, steps: 10}`, `{metric: groups/zero_variance, above: 0.95, steps: 20}`,
+    `{metric: ratio/p99, above: 5}`, `{metric: held_out, above: 0.9}`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    metric: str
+    """One of the audits' metrics, as the report and MLflow name them."""
+    above: float | None = None
+    below: float | None = None
+    steps: int = Field(default=1, ge=1)
+    """Times in a row that the metric is logged beyond the bound."""
+    then: Literal["finish", "fail"] = "finish"
+    """Give out what has been learned so far, or end the step as failed (its checkpoint stays)."""
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> "StopCondition":
+        if (self.above is None) == (self.below is None):
+            raise ValueError("a condition has either `above` or `below`")
+        return self
+
+    @property
+    def sentence(self) -> str:
+        """What it says, for logs and messages."""
+        bound = f"above {self.above:g}" if self.above is not None else f"below {self.below:g}"
+        return f"{self.metric} {bound} {self.steps} times in a row" if self.steps > 1 else f"{self.metric} {bound}"
+
+    def holds(self, value: float) -> bool:
+        """Whether one value is beyond the bound."""
+        return value > self.above if self.above is not None else value < (self.below or 0.0)
+
+
+class Stopping:
+    """Counts for each condition how often in a row it held."""
+
+    def __init__(self, conditions: list[StopCondition]) -> None:
+        self._conditions = conditions
+        self._counts = [0] * len(conditions)
+
+    def check(self, metrics: Mapping[str, float]) -> StopCondition | None:
+        """Look at newly logged metrics; return the condition that is met, if one is."""
+        for index, condition in enumerate(self._conditions):
+            if condition.metric in metrics:
+                holds = condition.holds(metrics[condition.metric])
+                self._counts[index] = self._counts[index] + 1 if holds else 0
+                if self._counts[index] >= condition.steps:
+                    return condition
+        return None

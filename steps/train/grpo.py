@@ -1,0 +1,88 @@
+"""`train.grpo`: group-relative policy optimisation with TRL, in seven forms of its loss, with audits."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field
+
+from steps.artifacts import Adapter, Draft, Model
+from steps.frame import Job, Resources, step
+from steps.train import rewards
+from steps.train._rl import RlTraining, VllmRollouts, train_on_rollouts
+from steps.train._settings import LIBRARIES, PRELOAD
+
+Loss = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "gspo"]
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What TRL must be told for one named loss, and its paper's own bounds."""
+
+    loss_type: str
+    epsilon: float
+    epsilon_high: float
+    level: Literal["token", "sequence"] = "token"
+    scale: Literal["group", "batch", "none"] = "group"
+
+
+_FORMS: dict[Loss, _Form] = {
+    # DeepSeekMath, https://arxiv.org/abs/2402.03300: mean over an answer's tokens, then over answers.
+    "grpo": _Form("grpo", 0.2, 0.2),
+    # Dr. GRPO, https://arxiv.org/abs/2503.20783: neither length nor difficulty weighs; constant divisor, no scaling.
+    "dr_grpo": _Form("dr_grpo", 0.2, 0.2, scale="none"),
+    # DAPO, https://arxiv.org/abs/2503.14476: mean over all tokens of the batch, clip-higher.
+    "dapo": _Form("dapo", 0.2, 0.28),
+    # BNPO as TRL has it: mean over the tokens of one forward pass.
+    "bnpo": _Form("bnpo", 0.2, 0.2),
+    # CISPO, MiniMax-M1, https://arxiv.org/abs/2506.13585: the weight itself is capped, no token's update is dropped.
+    "cispo": _Form("cispo", 0.2, 5.0),
+    # SAPO, https://arxiv.org/abs/2511.20347: a smooth gate in place of the clip.
+    "sapo": _Form("sapo", 0.2, 0.2),
+    # GSPO, https://arxiv.org/abs/2507.18071: one ratio for the whole answer, and bounds for that.
+    "gspo": _Form("grpo", 3e-4, 4e-4, level="sequence"),
+}
+
+
+class TrainGrpo(RlTraining):
+    """Learn from groups of sampled answers, each rewarded against the mean of its group; with audits."""
+
+    loss: Loss = "dapo"
+    """Form of the loss: `grpo`, `dr_grpo`, `dapo`, `bnpo`, `cispo`, `sapo`, or `gspo`."""
+    epsilon: float | None = Field(default=None, gt=0)
+    """How far below 1 the importance ratio may count; the loss's own bound when unset."""
+    epsilon_high: float | None = Field(default=None, gt=0)
+    """How far above 1 it may count (clip-higher); for `cispo` the cap of the weight itself."""
+    scale_rewards: Literal["group", "batch", "none"] | None = None
+    """What advantages are divided by: the standard deviation of their group, of the batch, or nothing."""
+    top_entropy: float = Field(default=1.0, gt=0, le=1)
+    """Learn from this share of tokens only, those of highest entropy (https://arxiv.org/abs/2506.01939)."""
+
+
+@step(
+    "train.grpo",
+    produces=(Adapter, Model),
+    reference="https://arxiv.org/abs/2402.03300",
+    libraries=(*LIBRARIES, *rewards.LIBRARIES),
+    preload=(*PRELOAD, "trl.trainer.grpo_trainer"),
+    resources=Resources(cpus=0),
+)
+def train_grpo(config: TrainGrpo, job: Job) -> Draft:
+    """Train, resuming from the last complete checkpoint where an earlier attempt left one."""
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    form = _FORMS[config.loss]
+    arguments = {
+        "loss_type": form.loss_type,
+        "importance_sampling_level": form.level,
+        "epsilon": config.epsilon or form.epsilon,
+        "epsilon_high": config.epsilon_high or (form.epsilon_high if config.epsilon is None else config.epsilon),
+        "scale_rewards": config.scale_rewards or form.scale,
+        "top_entropy_quantile": config.top_entropy,
+    }
+    if isinstance(config.rollouts, VllmRollouts):
+        cap = config.rollouts.importance_cap
+        arguments["vllm_importance_sampling_correction"] = cap is not None
+        if cap is not None:
+            arguments["vllm_importance_sampling_clip_max"] = cap
+    return train_on_rollouts(config, job, GRPOTrainer, lambda **common: GRPOConfig(**common, **arguments))

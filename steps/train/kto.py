@@ -1,0 +1,105 @@
+"""`train.kto`: Kahneman-Tversky optimisation with TRL; learns from answers that were liked or disliked one by one."""
+
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from steps.artifacts import Adapter, Draft, Model
+from steps.frame import Input, Job, Resources, step
+from steps.train._preference import PreferenceTraining, prepare, reference_model, run
+from steps.train._preference_tokens import Rated
+from steps.train._settings import LIBRARIES, PRELOAD
+
+if TYPE_CHECKING:
+    from datasets import Dataset as Table
+
+
+class TrainKto(PreferenceTraining):
+    """Make liked answers likelier and disliked ones less likely, paired or not; gives an Adapter or a Model."""
+
+    loss: Literal["kto", "apo_zero_unpaired"] = "kto"
+    """`kto` measures each answer against the batch's mean divergence from the reference, the other against none."""
+    beta: float = Field(default=0.1, gt=0)
+    """How closely the model is held to the reference."""
+    desirable_weight: float = Field(default=1.0, gt=0)
+    """Weight of liked answers; where they are few, raise it until liked and disliked weigh about the same."""
+    undesirable_weight: float = Field(default=1.0, gt=0)
+    reference: Input[Model] | None = None
+    """Model to stay close to; unset, the model before this step."""
+
+    @model_validator(mode="after")
+    def _can_mismatch(self) -> Self:
+        if self.loss == "kto" and self.batch_size < 2:
+            raise ValueError(
+                "batch_size: `kto` sets each prompt against another row's answer, so a batch needs at least 2 rows"
+            )
+        return self
+
+
+@step(
+    "train.kto",
+    produces=(Adapter, Model),
+    reference="https://arxiv.org/abs/2402.01306",
+    libraries=LIBRARIES,
+    preload=PRELOAD,
+    resources=Resources(cpus=0),
+)
+def train_kto(config: TrainKto, job: Job) -> Draft:
+    """Train, resuming from the last complete checkpoint where an earlier attempt left one."""
+    from trl.trainer.kto_config import KTOConfig
+    from trl.trainer.kto_trainer import KTOTrainer
+
+    from steps.train._progress import ReportToJob
+
+    class TokenKtoTrainer(KTOTrainer):
+        """KTO on rows that are tokens already."""
+
+        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+            return dataset
+
+    prepared = prepare(config, job)
+    encoder = prepared.encoder
+    table = rated_table(encoder.rated(config.data, "data"), config.batch_size, config.seed)
+    eval_table, held_out = None, []
+    if config.eval is not None:
+        held_out = encoder.pairs(config.eval, "eval") if config.eval.facts.paired else []
+        eval_table = rated_table(encoder.rated(config.eval, "eval"), config.batch_size, config.seed)
+    trainer = TokenKtoTrainer(
+        model=prepared.model,
+        ref_model=reference_model(config, config.reference, job),
+        args=KTOConfig(
+            **prepared.arguments,
+            loss_type=config.loss,
+            beta=config.beta,
+            desirable_weight=config.desirable_weight,
+            undesirable_weight=config.undesirable_weight,
+            max_length=None,
+        ),
+        train_dataset=table,
+        eval_dataset=eval_table,
+        processing_class=prepared.tokenizer,
+        callbacks=[ReportToJob(job)],
+    )
+    return run(trainer, config, prepared, held_out, job)
+
+
+def rated_table(answers: Sequence[Rated], batch_size: int, seed: int) -> "Table":
+    """Return the columns that TRL's KTO takes, in the order in which it will read them.
+
+    `KL_completion_ids` is the answer of the row before in the same batch, which goes round: from such mismatched pairs
+    KTO estimates how far the model is from its reference. So the batches are fixed, and mixed once, here.
+    """
+    from datasets import Dataset as Table
+
+    mixed = random.Random(seed).sample(answers, len(answers))
+    batches = [mixed[start : start + batch_size] for start in range(0, len(mixed), batch_size)]
+    return Table.from_dict(
+        {
+            "prompt_ids": [each.prompt for each in mixed],
+            "completion_ids": [each.answer for each in mixed],
+            "KL_completion_ids": [batch[index - 1].answer for batch in batches for index in range(len(batch))],
+            "label": [each.liked for each in mixed],
+        }
+    )

@@ -1,0 +1,128 @@
+"""The reward that is the user's own function."""
+
+import ast
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.machinery import PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, ValidationInfo
+
+from steps.artifacts import digest_file
+from steps.frame.errors import UserError, did_you_mean
+from steps.lm.tasks import Rollout
+from steps.train.rewards._reward import reward
+
+
+def _has_function(path: str) -> str:
+    module, separator, name = path.rpartition(":")
+    if not separator or not name.isidentifier():
+        raise ValueError(f"user: write `package.module:function` or `file.py:function`, not {path!r}")
+    file = _file_of(module)
+    try:
+        tree = ast.parse(file.read_bytes())
+    except SyntaxError as error:
+        raise ValueError(f"user: {file} line {error.lineno}: {error.msg}") from None
+    if name not in (known := _names_in(tree)):
+        raise ValueError(f"user: {file} has no function `{name}`{did_you_mean(name, known)}")
+    return path
+
+
+def _pinned(given: str, info: ValidationInfo) -> str:
+    if "path" not in info.data:
+        return given
+    found = digest_file(_file_of(info.data["path"].rpartition(":")[0])).sha256
+    if given and given != found:
+        raise ValueError(f"user: the file of {info.data['path']} is no longer what `sha256` says")
+    return found
+
+
+@reward()
+def user(
+    rollouts: Sequence[Rollout],
+    *,
+    path: Annotated[str, AfterValidator(_has_function)],
+    sha256: Annotated[str, AfterValidator(_pinned), Field(validate_default=True)] = "",
+) -> Sequence[float]:
+    """What your own Python function gives: it takes a list of rollouts and returns one number for each.
+
+    It is imported because the recipe names it, and runs in the trainer's own process.
+
+    Args:
+        rollouts: sampled answers.
+        path: `package.module:function`, or `file.py:function` relative to the project's directory.
+        sha256: of the function's file. Filled in, so that a changed function is a new step.
+
+    Raises:
+        UserError: the module cannot be imported, or has no such function.
+    """
+    return _function(path)(rollouts)
+
+
+def _function(path: str) -> Any:
+    module_name, _, name = path.rpartition(":")
+    try:
+        module = _imported(module_name)
+    except Exception as error:
+        raise UserError(f"reward `user`: importing {module_name} raised {type(error).__name__}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"reward `user`: {module_name} has no function `{name}`")
+    return function
+
+
+def _imported(name: str) -> ModuleType:
+    if not name.endswith(".py"):
+        if str(Path.cwd()) not in sys.path:
+            sys.path.append(str(Path.cwd()))
+        return importlib.import_module(name)
+    file = _file_of(name)
+    known = f"posttrain_user_{digest_file(file).sha256[:16]}"
+    if known not in sys.modules:
+        spec = importlib.util.spec_from_file_location(known, file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[known] = module
+    return sys.modules[known]
+
+
+def _file_of(module: str) -> Path:
+    """Return the file of a module without importing it or the packages it is in.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if module.endswith(".py"):
+        file = Path.cwd() / module
+        if not file.is_file():
+            raise ValueError(f"user: {file}: no such file")
+        return file
+    file: Path | None = None
+    places = [*sys.path, str(Path.cwd())]
+    for depth, _ in enumerate(parts := module.split("."), start=1):
+        spec = PathFinder.find_spec(".".join(parts[:depth]), places)
+        if spec is None:
+            raise ValueError(f"user: there is no module `{'.'.join(parts[:depth])}`")
+        places = list(spec.submodule_search_locations or ())
+        file = Path(spec.origin) if spec.origin else None
+    if file is None or file.suffix != ".py":
+        raise ValueError(f"user: the module `{module}` is no Python file")
+    return file
+
+
+def _names_in(tree: ast.Module) -> set[str]:
+    """Return the names that a module defines or imports at its top."""
+    names: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return names

@@ -1,0 +1,50 @@
+"""`train.rloo`: REINFORCE with the other answers of the group as baseline, with TRL.
+
+It stands where InstructGPT has PPO: TRL carries no PPO trainer any more, and on language models RLOO reaches or beats
+PPO without a value model (Ahmadian et al. 2024).
+"""
+
+from pydantic import Field
+
+from steps.artifacts import Adapter, Draft, Model
+from steps.frame import Job, Resources, step
+from steps.train import rewards
+from steps.train._rl import RlTraining, train_on_rollouts
+from steps.train._settings import LIBRARIES, PRELOAD
+
+
+class TrainRloo(RlTraining):
+    """Learn from sampled answers, each rewarded against the mean of the others of its group; with audits."""
+
+    kl: float = Field(default=0.05, ge=0)
+    """Weight of the divergence from the reference within the reward; 0 needs no reference."""
+    epsilon: float = Field(default=0.2, gt=0)
+    """How far from 1 the importance ratio of an answer may count."""
+    epsilon_high: float | None = Field(default=None, gt=0)
+    """How far above 1 it may count; `epsilon` when unset."""
+    normalize_advantages: bool = False
+    """Divide advantages by their standard deviation over the batch."""
+    clip_rewards: tuple[float, float] | None = None
+    """Lowest and highest reward."""
+
+
+@step(
+    "train.rloo",
+    produces=(Adapter, Model),
+    reference="https://arxiv.org/abs/2402.14740",
+    libraries=(*LIBRARIES, *rewards.LIBRARIES),
+    preload=(*PRELOAD, "trl.trainer.rloo_trainer"),
+    resources=Resources(cpus=0),
+)
+def train_rloo(config: TrainRloo, job: Job) -> Draft:
+    """Train, resuming from the last complete checkpoint where an earlier attempt left one."""
+    from trl.trainer.rloo_config import RLOOConfig
+    from trl.trainer.rloo_trainer import RLOOTrainer
+
+    arguments = {
+        "epsilon": config.epsilon,
+        "epsilon_high": config.epsilon_high,
+        "normalize_advantages": config.normalize_advantages,
+        "reward_clip_range": config.clip_rewards,
+    }
+    return train_on_rollouts(config, job, RLOOTrainer, lambda **common: RLOOConfig(**common, **arguments))

@@ -1,0 +1,78 @@
+"""The recipes that ship: each is whole as it stands, and each runs from its data to its score in its pico profile."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flows.graph import build_graph
+from flows.prepare import recipe_path
+from flows.recipe import load_recipe
+from steps.frame.hardware import elsewhere
+from tests.flows.command import ROOT, Command
+
+SHIPPED = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+STORIES = [
+    "deepseek-r1",
+    "dpo",
+    "instructgpt",
+    "minimax-cispo",
+    "prover-expert-iteration",
+    "qwen3-four-stage",
+    "tina",
+    "verifier-and-generator",
+]
+ALWAYS = ("dpo", "prover-expert-iteration")
+"""Run in every test; the others at night, by `make test-recipes`."""
+
+FIRST_AND_LAST = {
+    "deepseek-r1": ("start", "policy"),
+    "dpo": ("start", "dpo[2]"),
+    "instructgpt": ("sft", "policy"),
+    "minimax-cispo": ("start", "rl[cispo]"),
+    "prover-expert-iteration": ("start", "policy"),
+    "qwen3-four-stage": ("start", "final"),
+    "tina": ("start", "rl[16,dr_grpo]"),
+    "verifier-and-generator": ("start", "policy[2]"),
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_recipe_is_whole(name: str) -> None:
+    with elsewhere():
+        assert build_graph(load_recipe(recipe_path(name))).nodes
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_header_says_what_it_needs_and_how_to_run_it(name: str) -> None:
+    text = recipe_path(name).read_text(encoding="utf-8")
+    header = text.partition("\nname:")[0]
+    assert "# yaml-language-server: $schema=recipe.schema.json" in header
+    for word in ("Needs:", "Run:", "Expect:"):
+        assert word in header
+    assert all(len(line) <= 130 for line in text.splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.recipes) for name in STORIES]
+)
+def test_the_story_runs_in_its_pico_profile(name: str, tmp_path: Path) -> None:
+    posttrain = Command(tmp_path / "home")
+    ended = posttrain("run", name, "--profile", "pico", "--json")
+    assert ended.code == 0, ended.err + ended.out
+    assert all(step["status"] == "finished" for step in ended.json["steps"].values())
+    first, last = FIRST_AND_LAST[name]
+    accuracy = accuracies(posttrain.home)
+    assert accuracy[last] > accuracy[first], accuracy
+    assert "accuracy" in Path(ended.json["report"]).read_text(encoding="utf-8").casefold()
+
+
+def accuracies(home: Path) -> dict[str, float]:
+    """Read each candidate's accuracy from the report artifact of a run's evaluation."""
+    for manifest in (home / "artifacts").glob("*/artifact.json"):
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        if content["step"] == "evaluate.tasks":
+            metrics = content["facts"]["metrics"]
+            return {name.rpartition("/")[0]: value for name, value in metrics.items() if name.endswith("/accuracy")}
+    raise AssertionError(f"no report of tasks in {home}")

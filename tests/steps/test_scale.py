@@ -1,0 +1,211 @@
+"""Several processes share a step: the same losses as one, one voice, no orphans, and a plan that knows the machine."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import psutil
+import pytest
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from pydantic import ValidationError
+
+from flows.execution import Slots
+from flows.prepare import plan_recipe, prepare
+from registry.home import Home
+from steps.artifacts import Dataset, DatasetFacts
+from steps.frame import Resources, UserError
+from steps.frame.config import Launch
+from steps.frame.hardware import gpus
+from steps.frame.scale import environment, join, lacking, launch_command, threads
+from tests.conftest import Bench
+from tests.steps.conftest import curve, publish
+
+TWO = Resources(processes=2, cpus=2)
+SETTINGS = {"adapter": {"kind": "full"}, "dtype": "float32", "epochs": 2, "learning_rate": 1e-3, "seed": 3}
+
+
+def counts() -> Iterator[dict[str, Any]]:
+    """Rows of very different lengths: in which batch one falls shows in the loss."""
+    for number in range(88):
+        numbers = " ".join(map(str, range(number, number + 1 + number % 13)))
+        messages = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": numbers}]
+        yield {"id": f"{number:02}", "messages": messages, "source": "counts"}
+
+
+@pytest.fixture(scope="module")
+def inputs(bench: Bench) -> dict[str, Any]:
+    model = bench.run("model.pico", hidden=64, layers=2, vocabulary=320, context=128, pretrain_steps=0, seed=1)[""]
+    return {"model": model, "data": publish(bench, Dataset, "counts", counts(), DatasetFacts(rows=88))}
+
+
+@pytest.fixture(scope="module")
+def shared(bench: Bench, inputs: dict[str, Any]) -> Any:
+    """The model that two processes train with 4 rows each."""
+    return bench.run("train.sft", inputs, batch_size=4, checkpoint_steps=5, resources=TWO, **SETTINGS)[""]
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one_with_twice_the_batch(
+    bench: Bench, inputs: dict[str, Any], shared: Any
+) -> None:
+    alone = bench.run("train.sft", inputs, batch_size=8, checkpoint_steps=5, **SETTINGS)[""]
+    one, two = curve(bench, alone, "loss"), curve(bench, shared, "loss")
+    assert list(one) == list(two) == [1, 5, 10, 15, 20]
+    assert two == pytest.approx(one, abs=1e-5)
+    assert curve(bench, shared, "grad_norm") == pytest.approx(curve(bench, alone, "grad_norm"), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_the_main_process_speaks_for_all(bench: Bench, shared: Any) -> None:
+    work = bench.root / "work" / shared.manifest.key[:16]
+    assert (work / "log.txt").read_text().count("begins: sft (train.sft)") == 1
+    assert len((work / "metrics.jsonl").read_text().splitlines()) == 7
+    assert {path.name for path in work.iterdir()} == {
+        "spec.json", "result.json", "progress.json", "metrics.jsonl", "log.txt", "scratch",
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_killed_with_its_flow_it_leaves_no_process_and_goes_on_to_the_same_bytes(
+    bench: Bench, inputs: dict[str, Any], shared: Any, fresh: Callable[[], Bench]
+) -> None:
+    other = fresh()
+    spec = bench.spec("train.sft", inputs, batch_size=4, checkpoint_steps=5, resources=TWO, **SETTINGS)
+    spec = spec.model_copy(update={"work": other.root / "work" / spec.work.name})
+    code = (
+        "import sys; from pathlib import Path; from steps.frame.launch import Launcher; "
+        "from steps.frame.spec import StepSpec; "
+        "Launcher([], Path(sys.argv[1])).run(StepSpec.model_validate_json(sys.argv[2]))"
+    )
+    flow = subprocess.Popen([sys.executable, "-c", code, str(other.root / "log.txt"), spec.model_dump_json()])
+    deadline = time.monotonic() + 120
+    while not list(spec.work.glob("scratch/checkpoints/checkpoint-*/trainer_state.json")):
+        assert time.monotonic() < deadline and flow.poll() is None
+        time.sleep(0.01)
+    family = psutil.Process(flow.pid).children(recursive=True)
+    # Fork server, launcher, and two processes of the step.
+    assert len(family) >= 4
+    flow.kill()
+    flow.wait()
+    assert not psutil.wait_procs(family, timeout=15)[1]
+    result = bench.launcher.run(spec)
+    assert "resuming from checkpoint-" in (spec.work / "log.txt").read_text()
+    assert result.outputs == {"": shared.digest}
+
+
+@pytest.mark.slow
+def test_what_one_process_refuses_is_said_in_one_sentence(bench: Bench, inputs: dict[str, Any]) -> None:
+    result = bench.attempt("train.sft", inputs, max_tokens=8, resources=TWO, **SETTINGS)
+    assert result.status == "refused"
+    assert "no row of `data` has an answer to learn within max_tokens: 8" in result.message
+    assert "\n" not in result.message
+
+
+@pytest.mark.slow
+def test_two_nodes_give_what_two_processes_give(
+    inputs: dict[str, Any], shared: Any, fresh: Callable[[], Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both nodes are this machine; the second takes part by `posttrain join`."""
+    bench = fresh()
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29517")
+    code = "from flows.cli import main; main()"
+    second = {**os.environ, "NODE_RANK": "1", "POSTTRAIN_HOME": str(bench.root)}
+    node = subprocess.Popen([sys.executable, "-c", code, "join"], env=second, stdout=subprocess.PIPE, text=True)
+    try:
+        nodes = Resources(nodes=2, processes=1, cpus=1)
+        model = bench.run("train.sft", inputs, batch_size=4, checkpoint_steps=5, resources=nodes, **SETTINGS)[""]
+        assert node.stdout is not None
+        assert [node.stdout.readline() for _ in range(2)] == ["sft: joined\n", "sft: ended with code 0\n"]
+    finally:
+        node.kill()
+        node.wait()
+    assert model.digest == shared.digest
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"launch": "fsdp2"}, "`launch: fsdp2` needs `gpus`"),
+        ({"launch": "ddp-cpu", "gpus": 2}, "`launch: ddp-cpu` computes on processors"),
+        ({"gpus": 4, "processes": 2}, "each GPU is driven by one process"),
+        ({"launch": "fsdp3", "gpus": 2}, "Input should be"),
+        ({"nodes": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_resources_that_contradict_each_other_are_refused(values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValidationError, match=sentence):
+        Resources.model_validate(values)
+
+
+def test_more_gpus_than_there_are_is_refused_by_the_plan(write: Callable[[str, str], Path], tmp_path: Path) -> None:
+    asked = len(gpus()) + 1
+    text = f"name: large\nsteps:\n  one:\n    uses: model.pico\n    resources: {{gpus: {asked}}}\n"
+    path, home = write("large.yaml", text), Home.at(tmp_path / "home")
+    (step,) = plan_recipe(str(path), (), thorough=False, home=home).blocked
+    assert f"large.yaml:5: steps.one.resources.gpus: {asked} GPU" in step.reason
+    assert f"this machine has {len(gpus()) or 'none'}" in step.reason
+    with pytest.raises(UserError, match=r"step `one` cannot run: .*asked for, this machine has"):
+        prepare(str(path), (), home=home)
+
+
+def test_several_nodes_need_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert lacking(Resources(nodes=2))[0] == "nodes"
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    assert lacking(Resources(nodes=2)) == ("", "")
+    command = launch_command(Resources(nodes=2, processes=3), node=1)
+    options = dict(zip(command[3::2], command[4::2], strict=True))
+    assert options["--num_processes"] == "6"
+    assert options["--machine_rank"] == "1"
+    assert options["--main_process_ip"] == "10.0.0.1"
+
+
+def test_a_node_that_does_not_say_which_it_is_cannot_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    for number in ("", "0", "first"):
+        monkeypatch.setenv("NODE_RANK", number)
+        with pytest.raises(UserError, match="set NODE_RANK to this node's number, from 1"):
+            join(tmp_path)
+
+
+def test_what_a_cluster_says_of_ranks_does_not_reach_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "7")
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} & set(environment())
+
+
+@pytest.mark.parametrize("launch", get_args(Launch))
+def test_accelerate_reads_every_profile(launch: Launch) -> None:
+    resources = Resources(launch=launch, cpus=8, **({"processes": 4} if launch == "ddp-cpu" else {"gpus": 4}))
+    words = [*launch_command(resources)[3:], "-m", "steps", "spec.json"]
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    chosen = [name for name in ("multi_gpu", "use_fsdp", "use_deepspeed") if getattr(arguments, name)]
+    assert chosen == [
+        {"fsdp2": "use_fsdp", "zero2": "use_deepspeed", "zero3": "use_deepspeed"}.get(launch, "multi_gpu")
+    ]
+    assert (arguments.module, arguments.training_script, arguments.training_script_args) == (
+        True,
+        "steps",
+        ["spec.json"],
+    )
+    assert (arguments.num_processes, arguments.num_machines, arguments.mixed_precision) == (4, 1, "no")
+    assert arguments.num_cpu_threads_per_process == threads(resources) == 2
+    if launch == "fsdp2":
+        assert (arguments.fsdp_version, arguments.fsdp_state_dict_type) == (2, "FULL_STATE_DICT")
+    if launch.startswith("zero"):
+        assert arguments.zero_stage == int(launch[-1])
+
+
+def test_steps_that_run_at_once_get_gpus_of_their_own() -> None:
+    slots = Slots(8, ["0", "1", "MIG-a"])
+    with slots.taken(Resources(cpus=1, gpus=2)) as first, slots.taken(Resources(cpus=1, gpus=1)) as second:
+        assert (first, second) == (("0", "1"), ("MIG-a",))
+    with slots.taken(Resources(cpus=1)) as none:
+        assert none == ()
+    with slots.taken(Resources(gpus=3)) as all_three:
+        assert all_three == ("0", "1", "MIG-a")

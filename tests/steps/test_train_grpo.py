@@ -1,0 +1,240 @@
+"""Reinforcement learning learns, says what it does, stops when it should, and resumes to the same bytes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steps.frame import Job, Resources
+from steps.frame.spec import StepSpec
+from steps.lm.tasks import Rollout, Task
+from steps.train._audits import Audits, RewardsEqual, repeated_share
+from steps.train._stopping import StopCondition, Stopping
+from steps.train.rewards import REWARDS, Scorer, total
+from tests.conftest import Bench
+from tests.steps.conftest import better, curve, solved
+
+_AT_NIGHT = ("grpo", "dr_grpo", "bnpo", "sapo", "gspo")
+
+SETTINGS = {
+    "adapter": {"kind": "full"},
+    "rewards": [{"kind": "exact"}],
+    "group_size": 8,
+    "batch_size": 128,
+    "max_new_tokens": 6,
+    "learning_rate": 6e-4,
+    "schedule": "constant_with_warmup",
+    "warmup": 0.0,
+    "dtype": "float32",
+    "seed": 3,
+}
+
+
+def short(**changes: Any) -> dict[str, Any]:
+    return {**SETTINGS, "batch_size": 32, "max_steps": 6, "checkpoint_steps": 2, **changes}
+
+
+@pytest.fixture(scope="session")
+def before(bench: Bench, sorting: Any, sorting_model: Any) -> list[bool]:
+    found = solved(bench, sorting_model, sorting["eval"])
+    assert sum(found) / len(found) < 0.5
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "loss",
+    ["dapo", "cispo", *(pytest.param(loss, marks=pytest.mark.recipes) for loss in _AT_NIGHT)],
+)
+def test_every_loss_learns(bench: Bench, sorting: Any, sorting_model: Any, before: list[bool], loss: str) -> None:
+    inputs = {"model": sorting_model, "data": sorting["train"]}
+    model = bench.run("train.grpo", inputs, loss=loss, max_steps=60, **SETTINGS)[""]
+    after = solved(bench, model, sorting["eval"])
+    assert sum(after) / len(after) > 0.8
+    assert better(before, after) < 0.01
+
+
+@pytest.mark.slow
+def test_rloo_learns(bench: Bench, sorting: Any, sorting_model: Any, before: list[bool]) -> None:
+    inputs = {"model": sorting_model, "data": sorting["train"]}
+    model = bench.run("train.rloo", inputs, max_steps=60, kl=0.01, **SETTINGS)[""]
+    after = solved(bench, model, sorting["eval"])
+    assert sum(after) / len(after) > 0.8
+    assert better(before, after) < 0.01
+
+
+def test_same_seed_gives_the_same_bytes(
+    bench: Bench, sorting: Any, sorting_model: Any, fresh: Callable[[], Bench]
+) -> None:
+    inputs = {"model": sorting_model, "data": sorting["train"]}
+    first, second = (each.run("train.grpo", inputs, **short())[""] for each in (bench, fresh()))
+    assert first.digest == second.digest
+    assert curve(bench, first, "reward/exact")[1] == pytest.approx(curve(bench, first, "reward/total")[1])
+
+
+@pytest.mark.parametrize("kind", ["train.grpo", "train.rloo"])
+def test_a_killed_training_resumes_to_the_same_bytes(
+    sorting: Any, sorting_model: Any, fresh: Callable[[], Bench], tmp_path: Path, kind: str
+) -> None:
+    flag = tmp_path / "kill"
+    inputs = {"model": sorting_model, "data": sorting["train"]}
+    # Four tasks and batches of four: every step is an epoch of its own, so the resumed run is beyond the first.
+    settings = short(rewards=[{"kind": "user", "path": f"{reward_file(tmp_path, KILLER, flag)}:score"}], kl=0.02)
+    undisturbed = fresh().run(kind, inputs, **settings)[""]
+    flag.touch()
+    disturbed = fresh()
+    assert disturbed.attempt(kind, inputs, **settings).status == "failed"
+    flag.unlink()
+    resumed = disturbed.run(kind, inputs, **settings)[""]
+    assert "resuming from checkpoint-4" in log_of(disturbed, resumed)
+    assert resumed.digest == undisturbed.digest
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("raise RuntimeError('no verifier here')", "reward `mine` raised RuntimeError: no verifier here"),
+        ("return [1.0]", "reward `mine` returned 1 values for 32 answers"),
+        ("return [float('nan')] * len(rollouts)", "reward `mine` returned nan for the answer"),
+    ],
+)
+def test_a_reward_that_fails_is_named_and_leaves_a_checkpoint(
+    bench: Bench, sorting: Any, sorting_model: Any, tmp_path: Path, body: str, said: str
+) -> None:
+    source = "calls = 0\ndef score(rollouts):\n    global calls\n    calls += 1\n    if calls == 4:\n        "
+    path = tmp_path / "mine.py"
+    path.write_text(f"{source}{body}\n    return [float(len(r.text) % 3) for r in rollouts]\n")
+    settings = short(rewards=[{"kind": "user", "path": f"{path}:score", "name": "mine"}], checkpoint_steps=100)
+    result = bench.attempt("train.grpo", {"model": sorting_model, "data": sorting["train"]}, **settings)
+    assert result.status == "refused"
+    assert said in result.message
+    assert any(bench.root.glob("work/*/scratch/checkpoints/checkpoint-3/trainer_state.json"))
+
+
+def test_rewards_that_never_differ_end_the_training(bench: Bench, sorting: Any, sorting_model: Any) -> None:
+    few = {"model": sorting_model, "data": sorting["eval"]}
+    settings = short(rewards=[{"kind": "pattern", "expression": "nothing like it"}], batch_size=800, max_steps=9)
+    result = bench.attempt("train.grpo", few, **settings)
+    assert result.status == "refused"
+    assert "for a whole epoch (2 steps) all answers to a task were rewarded alike" in result.message
+
+
+def test_the_best_checkpoint_by_the_verifier_is_given_out(bench: Bench, sorting: Any, sorting_model: Any) -> None:
+    inputs = {"model": sorting_model, "data": sorting["train"], "eval": sorting["eval"]}
+    # A rate at which the policy breaks: the last weights are worse than some before.
+    settings = short(learning_rate=3e-3, max_steps=12, eval_steps=2, eval_rows=64)
+    model = bench.run("train.grpo", inputs, **settings)[""]
+    scores = curve(bench, model, "held_out")
+    assert sorted(scores) == [0, 2, 4, 6, 8, 10, 12]
+    right = solved(bench, model, sorting["eval"], new_tokens=6)[:64]
+    assert sum(right) / 64 == pytest.approx(max(scores.values()))
+    assert scores[12] < max(scores.values())
+
+
+def test_a_condition_ends_the_training(bench: Bench, sorting: Any, sorting_model: Any) -> None:
+    inputs = {"model": sorting_model, "data": sorting["train"]}
+    condition = {"metric": "accuracy", "above": 0.0, "steps": 3}
+    model = bench.run("train.grpo", inputs, **short(stop_when=[condition]))[""]
+    assert max(curve(bench, model, "reward/total")) == 3
+    failing = bench.attempt("train.grpo", inputs, **short(stop_when=[{**condition, "then": "fail"}]))
+    assert failing.status == "failed"
+    assert "accuracy above 0 3 times in a row" in failing.message
+
+
+def test_ratios_leave_one_when_rollouts_are_used_again(bench: Bench, sorting: Any, sorting_model: Any) -> None:
+    inputs = {"model": sorting_model, "data": sorting["train"]}
+    model = bench.run("train.grpo", inputs, **short(iterations=2, learning_rate=1e-3))[""]
+    ratios = curve(bench, model, "ratio/max")
+    assert ratios[1] == pytest.approx(1, abs=1e-4)
+    assert ratios[2] > 1.001
+    assert (bench.root / "work" / model.manifest.key[:16] / "plots" / "audits.png").exists()
+
+
+def test_a_lora_policy_is_an_adapter_on_its_base(bench: Bench, sorting: Any, sorting_model: Any) -> None:
+    inputs = {"model": sorting_model, "data": sorting["train"]}
+    adapter = bench.run("train.grpo", inputs, **short(adapter={"kind": "lora", "rank": 4}, kl=0.01))[""]
+    assert adapter.facts.base == sorting_model.digest
+    assert sorted(path.name for path in adapter.path.iterdir() if path.suffix) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "artifact.json",
+    ]
+
+
+def test_stop_conditions_count_in_a_row() -> None:
+    stopping = Stopping([StopCondition(metric="entropy", below=0.1, steps=2)])
+    assert [bool(stopping.check({"entropy": value})) for value in (0.05, 0.2, 0.05, 0.01)] == [False] * 3 + [True]
+
+
+def rollout(text: str, tokens: int = 1) -> Rollout:
+    return Rollout(Task("t", ({"role": "user", "content": "?"},), "42", "test"), text, tokens)
+
+
+_TWO_REWARDS = (("exact", {"kind": "exact"}), ("length", {"kind": "length", "target": 12, "weight": 3}))
+
+KILLER = """
+import os, signal
+from pathlib import Path
+calls = 0
+def score(rollouts):
+    global calls
+    calls += 1
+    if calls == 6 and Path({flag!r}).exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [float(r.answer == r.task.answer) - 0.1 * len(r.answer) for r in rollouts]
+"""
+
+
+def reward_file(folder: Path, source: str, flag: Path) -> Path:
+    path = folder / "reward.py"
+    path.write_text(source.format(flag=str(flag)))
+    return path
+
+
+def log_of(bench: Bench, artifact: Any) -> str:
+    return (bench.root / "work" / artifact.manifest.key[:16] / "log.txt").read_text()
+
+
+def test_audits_tell_length_bias_hacking_and_dead_groups(tmp_path: Path) -> None:
+    spec = StepSpec(
+        name="rl",
+        kind="train.grpo",
+        key="k",
+        config={},
+        inputs={},
+        work=tmp_path,
+        store=tmp_path,
+        cache=tmp_path,
+        resources=Resources(),
+    )
+    exact, length = (Scorer(REWARDS[kind].spec.model_validate(settings)) for kind, settings in _TWO_REWARDS)
+    audits = Audits(Job(spec), [exact, length], exact, group_size=2, epoch=2, stop_when=[])
+    answers = [rollout("42"), rollout("41 is so much longer", 6), rollout("7"), rollout("7")]
+    sums, parts = total([exact, length], answers)
+    audits.saw_rollouts(answers, sums, parts)
+    audits.log(1, {"entropy": 0.5, "unrelated": 1.0})
+    (row,) = audits.history()
+    assert row["accuracy"] == 0.25
+    assert row["groups/zero_variance"] == 0.5
+    assert row["groups/distinct"] == 0.75
+    assert row["length/right"] == 1
+    assert row["entropy"] == 0.5
+    assert "unrelated" not in row
+    # The second answer is wrong and longer, and earns more than the right one: both audits say so.
+    assert sums[1] > sums[0]
+    assert row["hacking/rewarded_wrong"] == 0.25
+    assert row["length/reward_correlation"] > 0.8
+    dead = [rollout("7"), rollout("7"), rollout("8"), rollout("8")]
+    for step in (2, 3):
+        audits.saw_rollouts(dead, *total([exact], dead))
+        if step == 3:
+            with pytest.raises(RewardsEqual, match="for a whole epoch"):
+                audits.log(step, {})
+        else:
+            audits.log(step, {})
+
+
+def test_repeated_text_is_measured() -> None:
+    assert repeated_share("one two three four five") == 0
+    assert repeated_share("again and again and " * 8) > 0.8
