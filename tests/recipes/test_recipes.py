@@ -22,7 +22,7 @@ STORIES = [
     "tina",
     "verifier-and-generator",
 ]
-ALWAYS = ("dpo", "prover-expert-iteration")
+ALWAYS = ("dpo", "tina")
 """Run in every test; the others at night, by `make test-recipes`."""
 
 FIRST_AND_LAST = {
