@@ -1,12 +1,13 @@
 """What every trainer has in common: the model, what of it is trained, and how the optimizer runs."""
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from steps.artifacts import Adapter, Artifact, Model
-from steps.frame import Input, StepConfig
+from steps.frame import Input, StepConfig, UserError
 from steps.frame.hardware import fast_dtype
 from steps.lm.checkpoint import Dtype
 from steps.train._adapters import AdapterMethod, Full, Lora, Oft
@@ -69,9 +70,15 @@ class Training(StepConfig):
 
 
 def common_arguments(config: Training, checkpoints: Path) -> dict[str, Any]:
-    """Translate the common settings into arguments of any of TRL's configs."""
+    """Translate the common settings into arguments of any of TRL's configs.
+
+    Raises:
+        UserError: the weights would be divided among processes: they could be trained, but not yet given out.
+    """
     import torch
 
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        raise UserError("resources.launch: a model divided by fsdp2 or zero3 cannot be saved yet; use ddp or zero2")
     full = isinstance(config.adapter, Full)
     floor = {"min_lr_rate": config.final_rate} if config.final_rate else {}
     return {
