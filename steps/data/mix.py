@@ -9,13 +9,10 @@ from steps.artifacts import Dataset, DatasetFacts, Draft
 from steps.data._hashing import uniform
 from steps.frame import Input, Job, Resources, StepConfig, UserError, step
 from steps.lm.rows import read_jsonl, write_jsonl
-from steps.lm.tasks import THINK_CLOSE, THINK_OPEN, final_answer
+from steps.lm.tasks import EMPTY_THINKING, THINK_OPEN, final_answer
 
 Row = dict[str, Any]
 Mode = Literal["keep", "strip"]
-
-NO_THINKING = f"{THINK_OPEN}\n\n{THINK_CLOSE}\n\n"
-"""What an answer without thinking begins with (Qwen3, https://arxiv.org/abs/2505.09388, section 4.3)."""
 
 
 class MixData(StepConfig):
@@ -88,7 +85,7 @@ def shares(weights: Sequence[float], available: Sequence[int], rows: int | None)
 def without_thinking(row: Row) -> Row:
     """Return a row's twin that does not think: every answer begins with the empty block."""
     messages = [
-        {**message, "content": NO_THINKING + final_answer(message["content"])}
+        {**message, "content": EMPTY_THINKING + final_answer(message["content"])}
         if message["role"] == "assistant"
         else message
         for message in row["messages"]
@@ -99,7 +96,7 @@ def without_thinking(row: Row) -> Row:
 def thinks(row: Row) -> bool:
     """Whether the last answer has a thought in it."""
     content = row["messages"][-1]["content"]
-    return THINK_OPEN in content and not content.startswith(NO_THINKING)
+    return THINK_OPEN in content and not content.startswith(EMPTY_THINKING)
 
 
 def _check_counts(config: MixData, name: str, counts: Sequence[int], parts: Sequence[Sequence[Row]]) -> None:

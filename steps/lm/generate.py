@@ -23,7 +23,7 @@ from steps.frame.errors import UserError
 from steps.frame.hardware import fast_dtype
 from steps.lm.chat import render, token_ids
 from steps.lm.checkpoint import Dtype, load_model
-from steps.lm.tasks import THINK_CLOSE, THINK_OPEN, Rollout, Task
+from steps.lm.tasks import EMPTY_THINKING, THINK_CLOSE, THINK_OPEN, Rollout, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 OPENED = f"{THINK_OPEN}\n"
 """What a prompt ends with where the model is to think (DeepSeek-R1's advice, https://arxiv.org/abs/2501.12948)."""
-EMPTY_THINKING = f"{THINK_OPEN}\n\n{THINK_CLOSE}\n\n"
-"""What a prompt ends with where the model is not to think (Qwen3, https://arxiv.org/abs/2505.09388, section 4.3)."""
 
 
 class Decoding(StepConfig):

@@ -9,6 +9,8 @@ from steps.lm.rows import read_jsonl
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 """Tags around what a model thinks before it answers (DeepSeek-R1, https://arxiv.org/abs/2501.12948)."""
+EMPTY_THINKING = f"{THINK_OPEN}\n\n{THINK_CLOSE}\n\n"
+"""What an answer without thinking begins with (Qwen3, https://arxiv.org/abs/2505.09388, section 4.3)."""
 PASSED = 1.0
 """Score from which an answer counts as right, where a recipe says nothing else."""
 

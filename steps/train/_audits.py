@@ -44,12 +44,15 @@ class Audits:
         group_size: int,
         epoch: int,
         stop_when: list[StopCondition],
+        window: int = 1,
     ) -> None:
         self.job = job
         self.scorers = scorers
         self.verifier = verifier
         self.group_size = group_size
         self.epoch = epoch
+        self.window = window
+        """Optimizer steps that learn from one batch of rollouts."""
         self.stopping = Stopping(stop_when)
         self.dead_steps = 0
         """Steps in a row in which no group of answers differed in reward."""
@@ -99,7 +102,7 @@ class Audits:
             if which.any():
                 found[f"length/{name}"] = lengths[which].mean()
         self._pending = {name: float(value) for name, value in found.items()}
-        self.dead_steps = self.dead_steps + 1 if found["groups/zero_variance"] == 1 else 0
+        self.dead_steps = self.dead_steps + self.window if found["groups/zero_variance"] == 1 else 0
 
     def saw_ratios(self, ratios: "torch.Tensor") -> None:
         """Take the importance ratios of one forward pass (any shape, positive)."""

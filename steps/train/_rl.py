@@ -232,7 +232,8 @@ def train_on_rollouts(config: RlTraining, job: Job, trainer_class: Any, make_arg
     tasks = read_training_tasks(config, job)
     steps = total_steps(config, len(tasks))
     scorers, verifier = make_scorers(config)
-    audits = Audits(job, scorers, verifier, config.group_size, steps_per_epoch(config, len(tasks)), config.stop_when)
+    epoch = steps_per_epoch(config, len(tasks))
+    audits = Audits(job, scorers, verifier, config.group_size, epoch, config.stop_when, config.window)
     model = trainable_model(config.model, config.adapter, config.dtype)
     trainer = audited(trainer_class, audits)(
         model=model,

@@ -8,9 +8,10 @@ import pytest
 from pydantic import ValidationError
 
 from steps.artifacts import Dataset, DatasetFacts
-from steps.data.mix import NO_THINKING, shares
+from steps.data.mix import shares
 from steps.frame import load_kind
 from steps.lm.rows import read_jsonl
+from steps.lm.tasks import EMPTY_THINKING
 from tests.conftest import Bench
 from tests.steps.conftest import publish
 
@@ -66,7 +67,7 @@ def test_a_row_and_its_twin_that_does_not_think(bench: Bench, thoughts: Dataset)
     mixed = bench.run("data.mix", {"parts": [thoughts, thoughts]}, thinking=["keep", "strip"], flags=True)[""]
     rows = {each["id"]: [message["content"] for message in each["messages"]] for each in rows_of(mixed)}
     assert rows["thoughts-007"] == ["What is 7? /think", "<think>\nabout 7\n</think>\n\nIt is 7."]
-    assert rows["thoughts-007:no_think"] == ["What is 7? /no_think", NO_THINKING + "It is 7."]
+    assert rows["thoughts-007:no_think"] == ["What is 7? /no_think", EMPTY_THINKING + "It is 7."]
     assert "thoughts-060:no_think" not in rows
     assert mixed.facts.statistics["thinking"] == 60
 

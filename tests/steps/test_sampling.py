@@ -13,9 +13,9 @@ from scipy.stats import chisquare
 from steps.artifacts import Samples, SamplesFacts
 from steps.lm.chat import token_ids
 from steps.lm.checkpoint import load_model, load_tokenizer
-from steps.lm.generate import EMPTY_THINKING, Decoding, questions, sample_answers, text_of
+from steps.lm.generate import Decoding, questions, sample_answers, text_of
 from steps.lm.rows import read_jsonl
-from steps.lm.tasks import Task, read_tasks
+from steps.lm.tasks import EMPTY_THINKING, Task, read_tasks
 from steps.lm.transformers_engine import TransformersEngine
 from tests.conftest import Bench
 from tests.steps.conftest import better, publish, solved, sort_row
