@@ -61,7 +61,7 @@ def test_the_story_runs_in_its_pico_profile(name: str, tmp_path: Path) -> None:
     posttrain = Command(tmp_path / "home")
     ended = posttrain("run", name, "--profile", "pico", "--json")
     assert ended.code == 0, ended.err + ended.out
-    assert all(step["status"] == "finished" for step in ended.json["steps"].values())
+    assert all(step["outcome"] == "finished" for step in ended.json["steps"].values())
     first, last = FIRST_AND_LAST[name]
     accuracy = accuracies(posttrain.home)
     assert accuracy[last] > accuracy[first], accuracy
