@@ -2,7 +2,7 @@
 RECIPE ?= quickstart
 PROFILE ?=
 FAMILY ?= smollm2-stdlib
-BENCH ?= pico
+BENCH ?= pico training
 FORMAT ?= gguf:Q4_K_M
 TO ?= ./pulled
 posttrain := .venv/bin/posttrain

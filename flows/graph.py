@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from flows.recipe import LoadedRecipe, Rounds, StepEntry, validation_error
 from flows.rounds import Occurrence, called, check_carried, check_names, latest, meant, occurrences, picked, titled
 from steps.artifacts import Artifact, Report
-from steps.frame import Follow, Ref, Resources, StepConfig, StepKind, UserError, load_kind
+from steps.frame import Follow, Like, Ref, Resources, StepConfig, StepKind, UserError, load_kind
 from steps.frame.config import EdgeSpec, name_fields_of
 from steps.frame.errors import did_you_mean
 
@@ -38,11 +38,13 @@ class Node:
     """Its round, from 1; 0 outside of any group."""
     member: str = ""
     """Its matrix values, `Q4_K_M`."""
+    given: Mapping[str, type[Artifact[Any]]] = field(default_factory=dict)
+    """Kind of what each input gets, once the graph is in order."""
 
     @property
     def outputs(self) -> dict[str, type[Artifact[Any]]]:
         """Kind of each output."""
-        return self.kind.outputs_of(self.config)
+        return self.kind.outputs_of(self.config, self.given)
 
     @property
     def parents(self) -> list[str]:
@@ -75,10 +77,11 @@ def build_graph(loaded: LoadedRecipe) -> Graph:
     """
     check_names(loaded)
     drafts = _draft_nodes(loaded)
-    check_carried(loaded, drafts)
+    check_carried(loaded, drafts, kinds=False)
     connected = {name: _connect(loaded, node, drafts) for name, node in drafts.items()}
     followed = {name: _named(_follow(loaded, node, connected)) for name, node in connected.items()}
     ordered = _ordered(loaded, followed)
+    check_carried(loaded, ordered, kinds=True)
     for node in ordered.values():
         _check_kinds(loaded, node, ordered)
     graph = Graph(loaded, ordered)
@@ -237,7 +240,10 @@ def _ordered(loaded: LoadedRecipe, nodes: Mapping[str, Node]) -> dict[str, Node]
         for parent in nodes[name].parents:
             visit(parent)
         path.pop()
-        ordered[name] = nodes[name]
+        given = {
+            field: ordered[refs[0].step].outputs[refs[0].output] for field, refs in nodes[name].edges.items() if refs
+        }
+        ordered[name] = replace(nodes[name], given=given)
 
     for name in nodes:
         visit(name)
@@ -263,12 +269,27 @@ def _check_kinds(loaded: LoadedRecipe, node: Node, nodes: Mapping[str, Node]) ->
         for ref in refs:
             given = nodes[ref.step].outputs[ref.output]
             if not issubclass(given, wanted):
-                names = " or ".join(kind.kind for kind in wanted)
+                names = " or ".join(kind.named() for kind in wanted)
                 raise loaded.error(
                     (*node.place, name),
-                    f"{node.kind.name} takes a {names} here, `{ref}` ({nodes[ref.step].kind.name}) gives a "
-                    f"{given.kind}{_fitting(node, wanted, nodes)}",
+                    f"{node.kind.name} takes {names} here, `{ref}` ({nodes[ref.step].kind.name}) gives {given.named()}"
+                    f"{_fitting(node, wanted, nodes)}",
                 )
+    for declared in node.kind.produces.values():
+        if isinstance(declared, Like):
+            _check_alike(loaded, node, declared.field, nodes)
+
+
+def _check_alike(loaded: LoadedRecipe, node: Node, name: str, nodes: Mapping[str, Node]) -> None:
+    """Refuse inputs of several kinds where one of them is what the step gives."""
+    first, *others = node.edges.get(name, ())
+    for ref in others:
+        found, wanted = nodes[ref.step].outputs[ref.output], node.given[name]
+        if found is not wanted:
+            raise loaded.error(
+                (*node.place, name),
+                f"`{first}` gives {wanted.named()}, `{ref}` {found.named()}; name steps of one kind",
+            )
 
 
 def _fitting(node: Node, wanted: tuple[type[Artifact[Any]], ...], nodes: Mapping[str, Node]) -> str:

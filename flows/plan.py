@@ -14,6 +14,7 @@ from registry.record import Recorder
 from steps.frame import UserError
 from steps.frame.config import sources_of
 from steps.frame.keys import step_key
+from steps.frame.kinds import modules_of
 from steps.frame.scale import lacking
 from steps.frame.spec import RESULT_NAME, SPEC_NAME, StepResult
 from steps.sources import check, fingerprint
@@ -83,7 +84,7 @@ class Plan:
     @property
     def preload(self) -> list[str]:
         """Modules that the steps to run want imported in the fork server, in the order of first need."""
-        return list(dict.fromkeys(name for step in self.todo for name in step.node.kind.preload))
+        return modules_of(step.node.kind for step in self.todo)
 
 
 def make_plan(graph: Graph, home: Home, root: Path, *, thorough: bool) -> Plan:

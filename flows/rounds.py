@@ -141,8 +141,8 @@ def check_names(loaded: LoadedRecipe) -> None:
             seen[place[-1]] = ".".join(place)
 
 
-def check_carried(loaded: LoadedRecipe, nodes: Mapping[str, "Node"]) -> None:
-    """Refuse carried names that lead nowhere, or change their kind from one round to the next.
+def check_carried(loaded: LoadedRecipe, nodes: Mapping[str, "Node"], *, kinds: bool) -> None:
+    """Refuse carried names that lead nowhere, or (once `kinds` are known) change their kind from round to round.
 
     Raises:
         UserError: `start` is no step outside the group, `then` is none in it, or they give different kinds.
@@ -165,7 +165,7 @@ def check_carried(loaded: LoadedRecipe, nodes: Mapping[str, "Node"]) -> None:
             there = latest(called(outside, start.step))
             (first,) = picked(loaded, (*place, "start"), start, there, known, many=False)
             (later,) = picked(loaded, (*place, "then"), then, called(inside, then.step), rounds.steps, many=False)
-            kinds = [nodes[ref.step].outputs[ref.output].kind for ref in (first, later)]
-            if kinds[0] != kinds[1]:
-                message = f"every round needs the same kind: `{start}` gives a {kinds[0]}, `{then}` a {kinds[1]}"
+            before, after = (nodes[ref.step].outputs[ref.output] for ref in (first, later))
+            if kinds and before != after:
+                message = f"every round needs the same kind: `{start}` gives {before.named()}, `{then}` {after.named()}"
                 raise loaded.error(place, message)

@@ -10,7 +10,7 @@ import pytest
 from steps.artifacts import Artifact, Store
 from steps.frame import Resources
 from steps.frame.keys import step_key
-from steps.frame.kinds import load_kind
+from steps.frame.kinds import all_kinds, load_kind, modules_of
 from steps.frame.launch import Launcher
 from steps.frame.spec import InputSpec, StepResult, StepSpec
 
@@ -88,8 +88,7 @@ class Bench:
 @pytest.fixture(scope="session")
 def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     """One fork server for all tests, with the heavy libraries loaded."""
-    preload = ["torch", "transformers", "datasets", "peft", "trl.trainer.sft_trainer"]
-    launcher = Launcher(preload, tmp_path_factory.mktemp("forkserver") / "log.txt")
+    launcher = Launcher(modules_of(all_kinds()), tmp_path_factory.mktemp("forkserver") / "log.txt")
     yield launcher
     launcher.close()
 

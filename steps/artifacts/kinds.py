@@ -1,5 +1,6 @@
 """The artifact kinds: the types by which a recipe is checked before it runs."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
@@ -12,7 +13,12 @@ from steps.artifacts.manifest import Manifest
 class Facts(BaseModel):
     """What a later step must know of an artifact without opening its files."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A perplexity may be no number at all; JSON has words for that only as strings.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    def as_plain(self) -> dict[str, Any]:
+        """Return what a manifest keeps of them."""
+        return json.loads(self.model_dump_json())
 
 
 class DatasetFacts(Facts):
@@ -143,6 +149,11 @@ class Artifact(Generic[F]):
     def size(self) -> int:
         """Bytes of its files."""
         return self.manifest.size
+
+    @classmethod
+    def named(cls) -> str:
+        """The kind with its article, as sentences use it: `an Adapter`."""
+        return f"{'an' if cls.kind[0] in 'AEIOU' else 'a'} {cls.kind}"
 
     @classmethod
     def of(cls, artifact: "Artifact[Any]") -> Self:

@@ -3,13 +3,14 @@
 from steps.frame.config import Follow, Follows, Input, NamesOf, Ref, Resources, Source, StepConfig
 from steps.frame.errors import UserError
 from steps.frame.job import Job
-from steps.frame.kinds import StepKind, all_kinds, load_kind, step
+from steps.frame.kinds import Like, StepKind, all_kinds, load_kind, step
 
 __all__ = [
     "Follow",
     "Follows",
     "Input",
     "Job",
+    "Like",
     "NamesOf",
     "Ref",
     "Resources",

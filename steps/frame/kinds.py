@@ -7,7 +7,7 @@ things at its top; torch and its friends are imported inside the functions, beca
 import importlib
 import importlib.metadata
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, TypeVar
@@ -24,13 +24,24 @@ _NOT_KINDS = {"artifacts", "frame", "sources", "lm"}
 
 
 @dataclass(frozen=True)
+class Like:
+    """Declares an output of whatever kind the artifacts of an input are."""
+
+    field: str
+
+
+Produces = type[Artifact[Any]] | tuple[type[Artifact[Any]], ...] | Like
+"""What an output may be: one kind, several among which the config's `produced()` chooses, or an input's own kind."""
+
+
+@dataclass(frozen=True)
 class StepKind:
     """A step kind as the planner sees it."""
 
     name: str
     config: type[StepConfig]
-    outputs: Mapping[str, tuple[type[Artifact[Any]], ...]]
-    """Kinds that each output may be; the only output of a step has the name ``."""
+    produces: Mapping[str, Produces]
+    """What each output may be; the only output of a step has the name ``."""
     run: Callable[..., Any]
     reference: str
     """The paper or page that it implements."""
@@ -45,12 +56,28 @@ class StepKind:
     """Name of the environment it runs in; empty is the project's own."""
     edges: Mapping[str, EdgeSpec] = field(default_factory=dict)
 
-    def outputs_of(self, config: StepConfig) -> dict[str, type[Artifact[Any]]]:
-        """Kind of each output for this config: where there is a choice, the config's `produced()` makes it."""
-        return {
-            name: kinds[0] if len(kinds) == 1 else config.produced()  # pyright: ignore[reportAttributeAccessIssue]
-            for name, kinds in self.outputs.items()
-        }
+    @property
+    def outputs(self) -> dict[str, tuple[type[Artifact[Any]], ...]]:
+        """Kinds that each output may be."""
+        return {name: self._choice(declared) for name, declared in self.produces.items()}
+
+    def outputs_of(
+        self, config: StepConfig, given: Mapping[str, type[Artifact[Any]]]
+    ) -> dict[str, type[Artifact[Any]]]:
+        """Kind of each output for this config and for the kinds of its inputs, by field."""
+        found = {}
+        for name, declared in self.produces.items():
+            choice = self._choice(declared)
+            if isinstance(declared, Like):
+                found[name] = given.get(declared.field, choice[0])
+            else:
+                found[name] = choice[0] if len(choice) == 1 else config.produced()  # pyright: ignore[reportAttributeAccessIssue]
+        return found
+
+    def _choice(self, declared: Produces) -> tuple[type[Artifact[Any]], ...]:
+        if isinstance(declared, Like):
+            return self.edges[declared.field].kinds
+        return declared if isinstance(declared, tuple) else (declared,)
 
     @property
     def summary(self) -> str:
@@ -68,7 +95,7 @@ _kinds: dict[str, StepKind] = {}
 def step(
     name: str,
     *,
-    produces: type[Artifact[Any]] | tuple[type[Artifact[Any]], ...] | Mapping[str, type[Artifact[Any]]],
+    produces: Produces | Mapping[str, Produces],
     reference: str,
     version: int = 1,
     libraries: tuple[str, ...] = (),
@@ -80,8 +107,8 @@ def step(
 
     The function takes its config (inputs already resolved to artifacts) and a `Job`, and returns a draft, or one
     draft per output. `name` must be the module's own path, so that a kind is found without a table. `produces` is
-    one artifact kind, a mapping for several outputs, or a tuple of kinds among which the config's method
-    `produced()` chooses.
+    one artifact kind, a tuple of kinds among which the config's method `produced()` chooses, `Like("field")` for the
+    kind of an input, or a mapping for several outputs.
     """
 
     def register(run: Callable[[C, Any], Any]) -> Callable[[C, Any], Any]:
@@ -91,7 +118,7 @@ def step(
         _kinds[name] = StepKind(
             name=name,
             config=config,
-            outputs=_outputs(produces),
+            produces=dict(produces) if isinstance(produces, Mapping) else {"": produces},
             run=run,
             reference=reference,
             version=version,
@@ -123,6 +150,18 @@ def all_kinds() -> list[StepKind]:
     return [load_kind(name) for name in kind_names()]
 
 
+def modules_of(kinds: Iterable[StepKind]) -> list[str]:
+    """Return the modules that the fork server imports for steps of these kinds: their own first, then the heavy ones.
+
+    In this order because pydantic, which reads each setting's docstring, looks for its source among all modules that
+    are loaded: the settings of `train.grpo` take 0.1 s before torch is there and 2.7 s after it.
+    """
+    every = list(kinds)
+    return list(
+        dict.fromkeys([*(f"steps.{kind.name}" for kind in every), *(name for k in every for name in k.preload)])
+    )
+
+
 @cache
 def kind_names() -> tuple[str, ...]:
     """Return the names of all step kinds: the modules `steps/<room>/<kind>.py` whose names have no underscore first."""
@@ -136,14 +175,6 @@ def kind_names() -> tuple[str, ...]:
             f"{room.name}.{module.name}" for module in modules if not (module.ispkg or module.name.startswith("_"))
         ]
     return tuple(sorted(names))
-
-
-def _outputs(
-    produces: type[Artifact[Any]] | tuple[type[Artifact[Any]], ...] | Mapping[str, type[Artifact[Any]]],
-) -> dict[str, tuple[type[Artifact[Any]], ...]]:
-    if isinstance(produces, Mapping):
-        return {name: (kind,) for name, kind in produces.items()}
-    return {"": produces if isinstance(produces, tuple) else (produces,)}
 
 
 @cache

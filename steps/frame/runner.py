@@ -113,14 +113,16 @@ def _publish(
         key=spec.key,
         config=spec.config,
         libraries=kind.library_versions(),
-        facts=draft.facts.model_dump(mode="json"),
+        facts=draft.facts.as_plain(),
     )
     return store.publish(draft.path, manifest)
 
 
 def _check_outputs(kind: StepKind, config: StepConfig, drafts: Mapping[str, Draft]) -> None:
     found = {name: draft.kind for name, draft in drafts.items()}
-    if found != (declared := kind.outputs_of(config)):
+    values = {name: getattr(config, name) for name in kind.edges}
+    given = {name: type(value[0] if isinstance(value, list) else value) for name, value in values.items() if value}
+    if found != (declared := kind.outputs_of(config, given)):
         raise TypeError(f"{kind.name} must return {declared}, it returned {found}")
 
 

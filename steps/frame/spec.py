@@ -17,7 +17,7 @@ PLOTS_NAME = "plots"
 
 
 class _Message(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class InputSpec(_Message):

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from steps.artifacts import Adapter, AdapterFacts, Draft, FourBit, Model
-from steps.frame import UserError
+from steps.frame import Job, UserError
 from steps.lm.checkpoint import Dtype, load_model, model_facts, save_model
 from steps.lm.four_bit import load_four_bit
+from steps.train._divided import whole_model
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
+
+    from steps.train._settings import Training
 
 
 class _Method(BaseModel):
@@ -185,16 +188,33 @@ def trainable_model(base: Model, method: AdapterMethod, dtype: Dtype) -> "PreTra
 
 
 def trained_draft(
-    base: Model,
-    method: AdapterMethod,
-    dtype: Dtype,
+    config: "Training",
+    job: Job,
+    trainer: "Trainer",
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerFast",
-    out: Path,
+    best: Path | None = None,
 ) -> Draft:
-    """Save what was trained as an artifact: an Adapter, or a whole Model in `dtype`."""
-    import torch
+    """Save what was trained as an artifact: an Adapter, or a whole Model in `dtype`.
 
+    Of several processes all must come here; only the main one returns.
+
+    Args:
+        config: the trainer's settings.
+        job: the step's job.
+        trainer: what trained the model.
+        model: what was trained.
+        tokenizer: of the model.
+        best: trained weights to give out in place of the last ones.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    base, method, dtype = config.model, config.adapter, config.dtype
+    model = whole_model(trainer, model, lambda: trainable_model(base, method, dtype))
+    out = job.output()
+    if best:
+        model.load_state_dict(load_file(best), strict=False)
     if isinstance(method, Full):
         model.to(dtype=getattr(torch, dtype))  # pyright: ignore[reportCallIssue]
         save_model(model, tokenizer, out)

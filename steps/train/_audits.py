@@ -137,6 +137,17 @@ class Audits:
             )
         return self.stopping.check(values)
 
+    def resume(self, step: int) -> StopCondition | None:
+        """Count on from what an earlier attempt recorded up to a step; return the condition that was met by then."""
+        met = None
+        for values in self.history():
+            if values["step"] > step:
+                break
+            met = self.stopping.check(values)
+            if "groups/zero_variance" in values:
+                self.dead_steps = self.dead_steps + 1 if values["groups/zero_variance"] == 1 else 0
+        return met
+
     def callback(self) -> "TrainerCallback":
         """Return the trainer's callback that writes the audits down and ends training where a condition is met."""
         from steps.train._online import AuditCallback

@@ -5,15 +5,18 @@ Imports transformers: use within a step only.
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from steps.frame import Job
 from steps.lm.tasks import Rollout, Task, read_tasks
 from steps.train._audits import Audits
+from steps.train._divided import is_divided, whole_state
 from steps.train._online import end, random_state, set_random_state
 from steps.train._rl import RlTraining, best_folder
 from steps.train.rewards import Scorer
@@ -62,21 +65,20 @@ class HeldOut(TrainerCallback):
         if self.history and self.history[-1][0] != state.global_step:
             self._look(state.global_step, control)
 
-    def take_best(self) -> None:
-        """Put the best weights into the model."""
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        weights = load_file(best_folder(self.job) / "weights.safetensors")
-        model.load_state_dict(weights, strict=False)
+    def best(self) -> Path:
+        """Say which checkpoint did best; return the file of its trained weights."""
         step, score = max(self.history, key=lambda each: (each[1], -each[0]))
         self.job.log_metrics({"held_out/best": score, "held_out/best_step": step})
         self.job.log.info("the best checkpoint on held-out tasks is that of step %d: %.4g", step, score)
+        return best_folder(self.job) / "weights.safetensors"
 
     def _look(self, step: int, control: TrainerControl) -> None:
         before = random_state()
         rollouts = self._answer()
         set_random_state(before)
         scores = self.verifier(rollouts)
-        score = sum(scores) / len(scores)
+        # All processes must agree whether this is the best: the main one's score counts.
+        (score,) = broadcast_object_list([sum(scores) / len(scores)])
         self.history = [each for each in self.history if each[0] < step]
         if not self.history or score > max(seen for _, seen in self.history):
             self._keep()
@@ -89,10 +91,11 @@ class HeldOut(TrainerCallback):
     def _keep(self) -> None:
         """Save what is trained, in place of the best before."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        weights = {name: each.detach().contiguous() for name, each in model.named_parameters() if each.requires_grad}
+        whole = whole_state(self.trainer) if is_divided() else dict(model.named_parameters())
+        trained = [name for name, each in model.named_parameters() if each.requires_grad]
         if self.trainer.accelerator.is_main_process:
             partial = best_folder(self.job) / "weights.partial"
-            save_file(weights, partial)
+            save_file({name: whole[name].detach().contiguous() for name in trained}, partial)
             partial.replace(best_folder(self.job) / "weights.safetensors")
 
     def _read_best(self) -> None:

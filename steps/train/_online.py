@@ -4,6 +4,7 @@ Imports transformers: use within a step only.
 """
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from steps.frame import Job, UserError
 from steps.frame.errors import ProofFailed
 from steps.train._audits import Audits
-from steps.train._checkpoints import train
+from steps.train._checkpoints import checkpoints, last_checkpoint, train
 from steps.train._stopping import StopCondition
 
 
@@ -59,18 +60,33 @@ class Guard(TrainerCallback):
             job.log.info("saved a checkpoint of step %d before stopping", trainer.state.global_step)
 
 
-def run(trainer: Trainer, job: Job, guard: Guard) -> None:
+def run(trainer: Trainer, job: Job, audits: Audits) -> None:
     """Train to the end; where a reward fails, save a checkpoint of the last finished step first.
 
     Raises:
         UserError: a reward raised, or returned what is no reward; the sentence names it.
+        ProofFailed: a condition is met under which the step has failed.
     """
+    guard = Guard()
     trainer.add_callback(guard)
+    if last := last_checkpoint(checkpoints(job)):
+        state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+        if condition := audits.resume(state.global_step):
+            _take_over(trainer, last, state)
+            end(condition, job, trainer.control)
+            return
     try:
         train(trainer, job)
     except UserError:
         guard.save(trainer, job)
         raise
+
+
+def _take_over(trainer: Trainer, checkpoint: Path, state: TrainerState) -> None:
+    """Take a checkpoint's weights as the end of training: it was saved when a condition had just ended it."""
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state = state
+    trainer.callback_handler.on_train_end(trainer.args, state, trainer.control)
 
 
 def end(condition: StopCondition | None, job: Job, control: TrainerControl) -> None:

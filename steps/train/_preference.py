@@ -99,7 +99,7 @@ def run(
     if before is not None:
         after = preference_rate(prepared.model, held_out, config.batch_size)
         job.log_metrics({"preference_rate_before": before, "preference_rate": after})
-    return trained_draft(config.model, config.adapter, config.dtype, prepared.model, prepared.tokenizer, job.output())
+    return trained_draft(config, job, trainer, prepared.model, prepared.tokenizer)
 
 
 def _drop_reference_adapter(trainer: "Trainer") -> None:

@@ -224,7 +224,7 @@ def train_on_rollouts(config: RlTraining, job: Job, trainer_class: Any, make_arg
     from steps.train._audited import audited
     from steps.train._audits import Audits
     from steps.train._held_out import HeldOut
-    from steps.train._online import Guard, run
+    from steps.train._online import run
 
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model.path)
@@ -246,13 +246,11 @@ def train_on_rollouts(config: RlTraining, job: Job, trainer_class: Any, make_arg
     held_out = HeldOut(config, job, trainer, tokenizer, verifier, audits) if config.eval else None
     if held_out:
         trainer.add_callback(held_out)
-    run(trainer, job, Guard())
+    run(trainer, job, audits)
     audits.plot(held_out.history if held_out else [])
-    if held_out:
-        held_out.take_best()
     if "ref" in getattr(model, "peft_config", {}):
         model.delete_adapter("ref")
-    return trained_draft(config.model, config.adapter, config.dtype, model, tokenizer, job.output())
+    return trained_draft(config, job, trainer, model, tokenizer, held_out.best() if held_out else None)
 
 
 def make_scorers(config: RlTraining) -> tuple[list[Scorer], Scorer]:

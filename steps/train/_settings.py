@@ -11,6 +11,7 @@ from steps.frame import Input, StepConfig, UserError
 from steps.frame.hardware import fast_dtype
 from steps.lm.checkpoint import Dtype
 from steps.train._adapters import AdapterMethod, Full, Lora, Oft
+from steps.train._divided import is_divided
 
 PRELOAD = ("torch", "transformers", "datasets", "peft", "trl.trainer.sft_trainer")
 """Modules that every trainer needs."""
@@ -73,12 +74,14 @@ def common_arguments(config: Training, checkpoints: Path) -> dict[str, Any]:
     """Translate the common settings into arguments of any of TRL's configs.
 
     Raises:
-        UserError: the weights would be divided among processes: they could be trained, but not yet given out.
+        UserError: the weights would be divided among processes in a way that they cannot be trained in or given out.
     """
     import torch
 
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
-        raise UserError("resources.launch: a model divided by fsdp2 or zero3 cannot be saved yet; use ddp or zero2")
+    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        raise UserError("resources.launch: a model divided by zero3 cannot be saved yet; use fsdp2, ddp or zero2")
+    if is_divided() and config.optimizer == "muon":
+        raise UserError("optimizer: Muon trains whole matrices, fsdp2 divides them; use adamw, or launch: ddp")
     full = isinstance(config.adapter, Full)
     floor = {"min_lr_rate": config.final_rate} if config.final_rate else {}
     return {

@@ -94,7 +94,7 @@ def train_distill(config: TrainDistill, job: Job) -> Draft:
         on_policy_share=config.share,
     )
     train(trainer, job)
-    return trained_draft(config.model, config.adapter, config.dtype, model, tokenizer, job.output())
+    return trained_draft(config, job, trainer, model, tokenizer)
 
 
 def check_tokenizers(config: TrainDistill, job: Job, tokenizer: "PreTrainedTokenizerFast") -> None:

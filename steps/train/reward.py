@@ -11,10 +11,11 @@ from steps.frame import Input, Job, Resources, UserError, step
 from steps.lm.checkpoint import load_tokenizer, model_facts, save_model
 from steps.train._adapters import Full
 from steps.train._checkpoints import checkpoints, train
+from steps.train._divided import whole_model
 from steps.train._settings import LIBRARIES, PRELOAD, Training, common_arguments
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 _GENERATION = "generation_config.json"
 
@@ -80,7 +81,8 @@ def train_reward(config: TrainReward, job: Job) -> Draft:
     train(trainer, job)
     if config.eval is not None:
         trainer.evaluate()
-    return _draft(config, trainer, tokenizer, job.output())
+    trained = whole_model(trainer, model, lambda: _classifier(config, tokenizer))
+    return _draft(config, trained, tokenizer, job.output())
 
 
 def _check_kinds(config: TrainReward, job: Job) -> None:
@@ -89,8 +91,8 @@ def _check_kinds(config: TrainReward, job: Job) -> None:
         given = getattr(config, field)
         if given is not None and not isinstance(given, wanted):
             raise UserError(
-                f"step `{job.name}`: `{field}` is a {given.kind}; with process: {str(config.process).lower()} a reward "
-                f"model learns from {wanted.kind}"
+                f"step `{job.name}`: `{field}` is {given.named()}; with process: {str(config.process).lower()} a "
+                f"reward model learns from {wanted.kind}"
             )
 
 
@@ -119,12 +121,11 @@ def _classifier(config: TrainReward, tokenizer: "PreTrainedTokenizerFast") -> "P
         raise UserError(f"adapter.targets: {error}") from error
 
 
-def _draft(config: TrainReward, trainer: "Trainer", tokenizer: "PreTrainedTokenizerFast", out: Path) -> Draft:
+def _draft(config: TrainReward, model: Any, tokenizer: "PreTrainedTokenizerFast", out: Path) -> Draft:
     """Merge the adapter and save the whole checkpoint in `dtype`."""
     import torch
     from peft import PeftModel
 
-    model: Any = trainer.model
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
     save_model(model.to(dtype=getattr(torch, config.dtype)), tokenizer, out)

@@ -82,7 +82,7 @@ def train_sft(config: TrainSft, job: Job) -> Draft:
         best = {"best_eval_loss": trainer.state.best_metric, "best_step": trainer.state.best_global_step}
         job.log.info("kept the weights of step %(best_step)s: evaluation loss %(best_eval_loss).4f", best)
         job.log_metrics(best)
-    return trained_draft(config.model, config.adapter, config.dtype, model, tokenizer, job.output())
+    return trained_draft(config, job, trainer, model, tokenizer)
 
 
 def tokenised(

@@ -1,119 +1,32 @@
-"""Print what posttrain costs beside the bare libraries: `make bench`, or `python -m tests.bench [RECIPE]`."""
+"""Print what posttrain costs beside the bare libraries: `make bench`, or `python -m tests.bench [RECIPE|training]`."""
 
-import json
-import os
-import shutil
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
-from steps.artifacts import Manifest, Store, digest_tree
-from tests.flows.command import ROOT, Command
-
-T = TypeVar("T")
-_GIGABYTE = 1 << 30
+from tests.bench.flow import add_commands, add_flow, add_store
+from tests.bench.training import add_training
+from tests.flows.command import Command
 
 
-def main() -> None:
-    """Measure commands, the flow against a plain script, and the store against `cp`."""
-    recipe = sys.argv[1] if len(sys.argv) > 1 else "pico"
-    with tempfile.TemporaryDirectory(prefix="posttrain-bench-") as folder:
-        # The downloads of an earlier run are shared: fetching is not what is measured.
-        root = Path(folder)
-        table = Table(
-            "what", "posttrain", "bare", "ratio or goal", title=f"posttrain beside the bare libraries: {recipe}"
-        )
-        _flow(recipe, root, table)
-        _commands(recipe, Command(root / "home"), table)
-        _store(root, table)
-        Console(width=120).print(table)
-
-
-def _flow(recipe: str, root: Path, table: Table) -> None:
-    """Run the recipe as a plain script and through the flow; compare wall time and the cost of each step."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.bench.plain", recipe, str(root / "plain")]
-    plain_seconds, done = _timed(
-        lambda: subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    )
-    assert done.returncode == 0, done.stderr
-    plain = json.loads(done.stdout.splitlines()[-1])
-    posttrain = Command(root / "home")
-    if (root / "plain" / "cache").exists():
-        shutil.copytree(root / "plain" / "cache", posttrain.home / "cache")
-    flow_seconds, ended = _timed(lambda: posttrain("run", recipe, "--json"))
-    assert ended.code == 0, ended.err
-    table.add_row(
-        "whole recipe",
-        f"{flow_seconds:.1f} s",
-        f"{plain_seconds:.1f} s",
-        f"{flow_seconds / plain_seconds:.3f} x (goal 1.01 x)",
-    )
-    results = [json.loads(path.read_text()) for path in (posttrain.home / "work").glob("*/result.json")]
-    frame = sum(result["load_seconds"] for result in results) / len(results)
-    steps = ended.json["steps"]
-    own = sum(step["seconds"] for step in steps.values()) - sum(result["seconds"] for result in results)
-    per_step = frame + own / len(steps)
-    table.add_row("overhead of a step", f"{per_step:.2f} s", "", "goal under 1 s")
-    for name, seconds in plain.items():
-        table.add_row(f"  {name}", f"{steps[name]['seconds']:.1f} s", f"{seconds:.1f} s", "")
-
-
-def _commands(recipe: str, posttrain: Command, table: Table) -> None:
-    """Time the commands that people wait for."""
-    bare, _ = _timed(lambda: subprocess.run([sys.executable, "-c", "import typer"], check=True))
-    for arguments, goal in ((["--help"], 0.5), (["plan", recipe], 2.0), (["run", recipe], 3.0)):
-        seconds, ended = _timed(lambda given=arguments: posttrain(*given))
-        assert ended.code == 0, ended.err
-        name = "run, all cached" if arguments[0] == "run" else arguments[0]
-        table.add_row(
-            f"posttrain {name}", f"{seconds:.2f} s", f"{bare:.2f} s (Python, typer)", f"goal under {goal:g} s"
-        )
-
-
-def _store(root: Path, table: Table) -> None:
-    """Digest and publish a gibibyte in eight files, beside `cp` of the same."""
-    source = root / "artifacts" / "staging"
-    source.mkdir(parents=True)
-    for index in range(8):
-        (source / f"{index}.safetensors").write_bytes(os.urandom(_GIGABYTE // 8))
-    copied, _ = _timed(lambda: subprocess.run(["cp", "-r", str(source), str(root / "copy")], check=True))
-    digested, tree = _timed(lambda: digest_tree(source))
-    manifest = Manifest(
-        kind="Report",
-        tree=tree.sha256,
-        files=tree.files,
-        parents={},
-        step="bench",
-        output="",
-        key="bench",
-        config={},
-        libraries={},
-        facts={"metrics": {}},
-    )
-    published, _ = _timed(lambda: Store(root / "artifacts" / "store").publish(source, manifest))
-    rate = _GIGABYTE / 1e6
-    table.add_row(
-        "digest 1 GiB", f"{rate / digested:.0f} MB/s", f"cp {rate / copied:.0f} MB/s", f"{copied / digested:.2f} x"
-    )
-    whole = digested + published
-    table.add_row(
-        "digest and publish", f"{rate / whole:.0f} MB/s", f"cp {rate / copied:.0f} MB/s", f"{copied / whole:.2f} x"
-    )
-
-
-def _timed(call: Callable[[], T]) -> tuple[float, T]:
-    began = time.perf_counter()
-    result = call()
-    return time.perf_counter() - began, result
+def main(subjects: list[str]) -> None:
+    """Measure each subject: a recipe with its commands and the store, or `training`."""
+    for subject in subjects:
+        with tempfile.TemporaryDirectory(prefix="posttrain-bench-") as folder:
+            root = Path(folder)
+            title = f"posttrain beside the bare libraries: {subject}"
+            table = Table("what", "posttrain", "bare", "ratio or goal", title=title)
+            if subject == "training":
+                add_training(root, table)
+            else:
+                add_flow(subject, root, table)
+                add_commands(subject, Command(root / "home"), table)
+                add_store(root, table)
+            Console(width=120).print(table)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or ["pico", "training"])

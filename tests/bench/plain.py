@@ -89,7 +89,7 @@ def _unpublished(node: Node, output: str, draft: Draft) -> Artifact[Any]:
         key=node.name,
         config={},
         libraries={},
-        facts=draft.facts.model_dump(mode="json"),
+        facts=draft.facts.as_plain(),
     )
     (draft.path / MANIFEST_NAME).write_bytes(manifest.to_bytes())
     return draft.kind(draft.path, manifest)

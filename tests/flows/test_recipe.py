@@ -84,7 +84,7 @@ def test_unknown_output(recipe: Build) -> None:
 
 def test_wrong_kind_names_both_ends_and_what_would_fit(recipe: Build) -> None:
     message = refusal(recipe, ("model: merged, matrix", "model: sft, matrix"))
-    assert "quantize.gguf takes a Model here, `sft` (train.sft) gives a Adapter; `merged` would fit" in message
+    assert "quantize.gguf takes a Model here, `sft` (train.sft) gives an Adapter; `merged` would fit" in message
 
 
 def test_gguf_offered_to_a_trainer(recipe: Build) -> None:

@@ -163,7 +163,7 @@ def test_many_rounds_are_planned_quickly(loop: Loop) -> None:
         ("start: base", "start: data.train", "policy: every round needs the same kind: `data.train` gives a Dataset"),
         ("then: merged", "then: data", "10: steps.improve.carry.policy.then: `data` is no step of `improve`;"),
         ("then: merged", "then: mergd", "carry.policy.then: `mergd` is no step of `improve`; did you mean `merged`?"),
-        ("then: merged", "then: tuned", "every round needs the same kind: `base` gives a Model, `tuned` a Adapter"),
+        ("then: merged", "then: tuned", "every round needs the same kind: `base` gives a Model, `tuned` an Adapter"),
         ("then: merged", "then: gguf", "`gguf` is a matrix of 2 steps; name one: `gguf[1,Q8_0]` or `gguf[1,F16]`"),
         ("then: merged", "thn: merged", "10: steps.improve.carry.policy.thn: unknown key; did you mean `then`?"),
         ("rounds: 3", "rouns: 3", "8: steps.improve.rouns: unknown key; did you mean `rounds`?"),

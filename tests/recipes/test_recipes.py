@@ -65,6 +65,13 @@ def test_the_story_runs_in_its_pico_profile(name: str, tmp_path: Path) -> None:
     first, last = FIRST_AND_LAST[name]
     accuracy = accuracies(posttrain.home)
     assert accuracy[last] > accuracy[first], accuracy
+    if name == "tina":
+        chosen = json.loads(
+            (posttrain.home / "artifacts" / ended.json["steps"]["best"]["outputs"][""] / "choice.json").read_text()
+        )
+        members = {member: value for member, value in accuracy.items() if member.startswith("rl[")}
+        assert len(members) == 4
+        assert members[chosen["chosen"]] == max(members.values()) > accuracy["start"]
     assert "accuracy" in Path(ended.json["report"]).read_text(encoding="utf-8").casefold()
 
 

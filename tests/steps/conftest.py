@@ -2,8 +2,14 @@
 
 import itertools
 import json
+import os
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +17,9 @@ from scipy.stats import binomtest
 
 from steps.artifacts import Artifact, Dataset, DatasetFacts, Facts, Manifest, digest_tree
 from steps.frame.launch import Launcher
+from steps.frame.spec import StepResult
 from steps.lm.rows import read_jsonl, write_jsonl
+from steps.train._checkpoints import last_checkpoint
 from tests.conftest import Bench
 
 
@@ -31,7 +39,7 @@ def publish(bench: Any, kind: type[Artifact[Any]], name: str, rows: Iterable[Map
         key=f"{name}-{tree.sha256[:16]}",
         config={},
         libraries={},
-        facts=facts.model_dump(mode="json"),
+        facts=facts.as_plain(),
     )
     return bench.store.publish(staging, manifest)
 
@@ -123,6 +131,27 @@ def curve(bench: Any, artifact: Any, metric: str) -> dict[int, float]:
     lines = (bench.root / "work" / artifact.manifest.key[:16] / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     return {row["step"]: row["values"][metric] for row in rows if metric in row["values"] and row["step"] is not None}
+
+
+def run_and_kill(bench: Bench, kind: str, inputs: Any, settings: Any, beyond: int = 0) -> StepResult:
+    """Start a training and kill its process at the first complete checkpoint after optimizer step `beyond`."""
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(bench.attempt, kind, inputs, **settings)
+        while not running.done():
+            for work in bench.root.glob("work/*"):
+                last = last_checkpoint(work / "scratch" / "checkpoints")
+                if last and int(last.name.rpartition("-")[2]) > beyond:
+                    for pid in _processes_that_write(work / "log.txt"):
+                        os.kill(pid, signal.SIGKILL)
+            time.sleep(0.005)
+        return running.result()
+
+
+def _processes_that_write(log: Path) -> Iterator[int]:
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (process / "fd" / "1").readlink() == log:
+                yield int(process.name)
 
 
 @pytest.fixture

@@ -1,20 +1,14 @@
 """A student learns from a teacher's distribution, on its own answers or on given ones, and only in one vocabulary."""
 
 import re
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import Any
 
-import psutil
 import pytest
 
 from steps.artifacts import Dataset, DatasetFacts
-from steps.frame.spec import StepResult
-from steps.train._checkpoints import last_checkpoint
 from tests.conftest import Bench
-from tests.steps.conftest import better, curve, publish, solved, sort_row
+from tests.steps.conftest import better, curve, publish, run_and_kill, solved, sort_row
 
 SETTINGS = {
     "adapter": {"kind": "full"},
@@ -70,26 +64,11 @@ def test_a_killed_distillation_resumes_to_the_same_bytes(
     chosen = {**SETTINGS, "max_steps": 8, "checkpoint_steps": 3, **settings}
     undisturbed = fresh().run("train.distill", inputs, **chosen)[""]
     disturbed = fresh()
-    assert "SIGKILL" in run_and_kill(disturbed, inputs, chosen).message
+    assert "SIGKILL" in run_and_kill(disturbed, "train.distill", inputs, chosen).message
     resumed = disturbed.run("train.distill", inputs, **chosen)[""]
     log = (disturbed.root / "work" / resumed.manifest.key[:16] / "log.txt").read_text()
     assert "resuming from checkpoint-" in log
     assert resumed.digest == undisturbed.digest
-
-
-def run_and_kill(bench: Bench, inputs: Any, settings: Any) -> StepResult:
-    """Start a distillation and kill its process at its first complete checkpoint."""
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(bench.attempt, "train.distill", inputs, **settings)
-        while not running.done():
-            for work in bench.root.glob("work/*"):
-                if last_checkpoint(work / "scratch" / "checkpoints"):
-                    for process in psutil.process_iter():
-                        with suppress(psutil.Error):
-                            if any(file.path == str(work / "log.txt") for file in process.open_files()):
-                                process.kill()
-            time.sleep(0.005)
-        return running.result()
 
 
 def test_answers_are_the_datas_or_the_students(bench: Bench, sorting_model: Any, teacher: Any) -> None:

@@ -20,7 +20,7 @@ from steps.artifacts import Dataset, DatasetFacts
 from steps.frame import Resources, UserError
 from steps.frame.config import Launch
 from steps.frame.hardware import gpus
-from steps.frame.scale import environment, join, lacking, launch_command, threads
+from steps.frame.scale import busy_cores, environment, join, lacking, launch_command, threads
 from tests.conftest import Bench
 from tests.steps.conftest import curve, publish
 
@@ -209,3 +209,16 @@ def test_steps_that_run_at_once_get_gpus_of_their_own() -> None:
         assert none == ()
     with slots.taken(Resources(gpus=3)) as all_three:
         assert all_three == ("0", "1", "MIG-a")
+
+
+def test_threads_spin_less_where_others_need_the_cores() -> None:
+    """How long they spin on an idle machine is not asked: the tests may share theirs."""
+    other = subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert busy_cores() > 0.5
+        assert environment()["GOMP_SPINCOUNT"] == "20000"
+    finally:
+        other.kill()
+        other.wait()

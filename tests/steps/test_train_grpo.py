@@ -13,8 +13,19 @@ from steps.train._audits import Audits, RewardsEqual, repeated_share
 from steps.train._stopping import StopCondition, Stopping
 from steps.train.rewards import REWARDS, Scorer, total
 from tests.conftest import Bench
-from tests.steps.conftest import better, curve, solved
+from tests.steps.conftest import better, curve, run_and_kill, solved
 
+# Advantages of a group sum to nothing, so where ratios are one and every answer counts alike the loss is zero.
+FIRST_LOSSES = {
+    "grpo": (0, -0.017739),
+    "dr_grpo": (0, -0.008427),
+    "dapo": (0, -0.021678),
+    "bnpo": (0, -0.017739),
+    "cispo": (0.045775, 0.031523),
+    "sapo": (-0.028139, -0.155121),
+    "gspo": (0, -0.000207),
+    "rloo": (0, -0.0625),
+}
 _AT_NIGHT = ("grpo", "dr_grpo", "bnpo", "sapo", "gspo")
 
 SETTINGS = {
@@ -80,7 +91,12 @@ def test_a_killed_training_resumes_to_the_same_bytes(
     flag = tmp_path / "kill"
     inputs = {"model": sorting_model, "data": sorting["train"]}
     # Four tasks and batches of four: every step is an epoch of its own, so the resumed run is beyond the first.
-    settings = short(rewards=[{"kind": "user", "path": f"{reward_file(tmp_path, KILLER, flag)}:score"}], kl=0.02)
+    # The condition is met at step 5, for which the steps before the kill count too.
+    settings = short(
+        rewards=[{"kind": "user", "path": f"{reward_file(tmp_path, KILLER, flag)}:score"}],
+        kl=0.02,
+        stop_when=[{"metric": "reward/total", "above": -9, "steps": 5}],
+    )
     undisturbed = fresh().run(kind, inputs, **settings)[""]
     flag.touch()
     disturbed = fresh()
@@ -88,6 +104,20 @@ def test_a_killed_training_resumes_to_the_same_bytes(
     flag.unlink()
     resumed = disturbed.run(kind, inputs, **settings)[""]
     assert "resuming from checkpoint-4" in log_of(disturbed, resumed)
+    assert resumed.digest == undisturbed.digest
+    assert max(curve(disturbed, resumed, "reward/total")) == 5
+
+
+def test_a_kill_after_the_condition_was_met_trains_no_step_more(
+    sorting: Any, sorting_model: Any, fresh: Callable[[], Bench]
+) -> None:
+    inputs = {"model": sorting_model, "data": sorting["train"], "eval": sorting["eval"]}
+    settings = short(stop_when=[{"metric": "reward/total", "above": -9, "steps": 4}], eval_steps=3)
+    undisturbed = fresh().run("train.grpo", inputs, **settings)[""]
+    disturbed = fresh()
+    assert "SIGKILL" in run_and_kill(disturbed, "train.grpo", inputs, settings, beyond=3).message
+    resumed = disturbed.run("train.grpo", inputs, **settings)[""]
+    assert "training ends early" in log_of(disturbed, resumed)
     assert resumed.digest == undisturbed.digest
 
 
@@ -142,6 +172,19 @@ def test_a_condition_ends_the_training(bench: Bench, sorting: Any, sorting_model
     assert "accuracy above 0 3 times in a row" in failing.message
 
 
+@pytest.mark.parametrize("loss", FIRST_LOSSES)
+def test_first_losses(bench: Bench, sorting: Any, sorting_model: Any, loss: str) -> None:
+    """The second step learns from the same answers again, so its ratios are no longer one."""
+    inputs = {"model": sorting_model, "data": sorting["train"]}
+    settings = short(iterations=2, max_steps=2, learning_rate=1e-3)
+    if loss == "rloo":
+        model = bench.run("train.rloo", inputs, **settings)[""]
+    else:
+        model = bench.run("train.grpo", inputs, loss=loss, **settings)[""]
+    losses = curve(bench, model, "loss")
+    assert (losses[1], losses[2]) == pytest.approx(FIRST_LOSSES[loss], abs=1e-5)
+
+
 def test_ratios_leave_one_when_rollouts_are_used_again(bench: Bench, sorting: Any, sorting_model: Any) -> None:
     inputs = {"model": sorting_model, "data": sorting["train"]}
     model = bench.run("train.grpo", inputs, **short(iterations=2, learning_rate=1e-3))[""]
@@ -180,7 +223,7 @@ calls = 0
 def score(rollouts):
     global calls
     calls += 1
-    if calls == 6 and Path({flag!r}).exists():
+    if calls == 5 and Path({flag!r}).exists():
         os.kill(os.getpid(), signal.SIGKILL)
     return [float(r.answer == r.task.answer) - 0.1 * len(r.answer) for r in rollouts]
 """

@@ -1,11 +1,7 @@
 """Supervised fine-tuning: what is learned of a row, what packing and accumulation must not change, and resuming."""
 
 import json
-import os
-import signal
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +11,11 @@ from safetensors.torch import load_file
 
 from steps.artifacts import Dataset, DatasetFacts
 from steps.frame import UserError, load_kind
-from steps.frame.spec import StepResult
 from steps.lm.checkpoint import load_model, load_tokenizer
 from steps.lm.rows import read_jsonl
-from steps.train._checkpoints import last_checkpoint
 from steps.train.sft import labelled
 from tests.conftest import Bench
-from tests.steps.conftest import curve, publish, sum_row
+from tests.steps.conftest import curve, publish, run_and_kill, sum_row
 
 SETTINGS: dict[str, Any] = {
     "adapter": {"kind": "lora", "rank": 8},
@@ -283,34 +277,11 @@ def test_a_killed_training_resumes_to_the_same_bytes(
         inputs["eval"] = few
     undisturbed = fresh().run("train.sft", inputs, **settings)[""]
     disturbed = fresh()
-    assert "SIGKILL" in run_and_kill(disturbed, inputs, settings).message
+    assert "SIGKILL" in run_and_kill(disturbed, "train.sft", inputs, settings, beyond=8).message
     resumed = disturbed.run("train.sft", inputs, **settings)[""]
     log = (disturbed.root / "work" / resumed.manifest.key[:16] / "log.txt").read_text()
     assert "resuming from checkpoint-" in log
     assert resumed.digest == undisturbed.digest
-
-
-def run_and_kill(bench: Bench, inputs: Any, settings: Any) -> StepResult:
-    """Start a training and kill its process at the first complete checkpoint after the first epoch."""
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(bench.attempt, "train.sft", inputs, **settings)
-        while not running.done():
-            for work in bench.root.glob("work/*"):
-                last = last_checkpoint(work / "scratch" / "checkpoints")
-                if last and int(last.name.rpartition("-")[2]) > 8:
-                    for pid in processes_that_write(work / "log.txt"):
-                        os.kill(pid, signal.SIGKILL)
-            time.sleep(0.005)
-        return running.result()
-
-
-def processes_that_write(log: Path) -> Iterator[int]:
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if (process / "fd" / "1").readlink() == log:
-                yield int(process.name)
-        except OSError:
-            continue
 
 
 def test_evaluation_leaves_a_four_bit_base_as_it_is(bench: Bench, pico: Any, few: Dataset) -> None:

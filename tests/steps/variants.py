@@ -29,7 +29,7 @@ def variant(store: Store, model: Model, change: Callable[[Path], None], licence:
         key=tree.sha256,
         config={},
         libraries={},
-        facts=facts.model_dump(mode="json"),
+        facts=facts.as_plain(),
     )
     published: Any = store.publish(staging, manifest)
     return published
