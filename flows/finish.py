@@ -105,4 +105,7 @@ def _step(execution: Execution, state: StepState) -> ReportStep:
         metrics=dict(entry.metrics) if entry else {},
         metrics_file=metrics_file if metrics_file.is_file() else None,
         message=state.message,
+        chosen=node.edges["candidates"][int(entry.metrics["chosen"])].step
+        if entry and "chosen" in entry.metrics
+        else "",
     )

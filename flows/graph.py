@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from flows.recipe import LoadedRecipe, Rounds, StepEntry, validation_error
 from flows.rounds import Occurrence, called, check_carried, check_names, latest, meant, occurrences, picked, titled
-from steps.artifacts import Artifact, Report
+from steps.artifacts import Artifact, Quantized, Report
 from steps.frame import Follow, Like, Ref, Resources, StepConfig, StepKind, UserError, load_kind
 from steps.frame.config import EdgeSpec, name_fields_of
 from steps.frame.errors import did_you_mean
@@ -318,6 +318,7 @@ def _check_publish(graph: Graph) -> None:
                     ("publish", "members", index), f"`{member}` ({node.kind.name}) does not give a model to publish"
                 )
     published = [node for member in publish.members for node in graph.members(member)]
+    _check_distinct(graph, published)
     for index, gate in enumerate(publish.gates):
         place = ("publish", "gates", index)
         metric = gate.metric.partition(".")[2]
@@ -333,3 +334,15 @@ def _check_publish(graph: Graph) -> None:
         if gate.member is not None and not any(gate.member in (node.name, node.family) for node in published):
             near = did_you_mean(gate.member, {name for node in published for name in (node.name, node.family)})
             raise graph.loaded.error((*place, "member"), f"`{gate.member}` is not among the published members{near}")
+
+
+def _check_distinct(graph: Graph, published: list[Node]) -> None:
+    """Refuse members that the registry could not tell apart; it tells quantized ones by the scheme they end up with."""
+    first: dict[type[Artifact[Any]], Node] = {}
+    for node in published:
+        kind = node.outputs[""]
+        if kind is not Quantized and first.setdefault(kind, node) is not node:
+            raise graph.loaded.error(
+                ("publish", "members"),
+                f"`{first[kind].name}` and `{node.name}` are each {kind.named()}, and a family has one; name one",
+            )

@@ -1,7 +1,7 @@
 """What came out, in a sentence: the first thing a reader of the report wants to know."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from flows.report.comparison import Candidate, Comparison, Figure
@@ -36,7 +36,8 @@ class Tile:
 
 def headline(run: RunReport, comparisons: Sequence[Comparison]) -> Headline:
     """Return the outcome: what went wrong first, then what the comparison says."""
-    sayings = (_solved(each) or _against_base(each) or _plain(each) for each in comparisons)
+    chosen = _chosen(run)
+    sayings = (_solved(each, chosen) or _against_base(each) or _plain(each) for each in comparisons)
     told = next((sentence for sentence in sayings if sentence), "")
     sentences = [sentence for sentence in (told, *(_members(each) for each in comparisons)) if sentence]
     wrong = [step.name for step in run.steps if step.status in WRONG]
@@ -51,12 +52,13 @@ def headline(run: RunReport, comparisons: Sequence[Comparison]) -> Headline:
 def tiles(run: RunReport, comparisons: Sequence[Comparison]) -> list[Tile]:
     """Return the figures for the top of the page."""
     found = []
+    chosen = _chosen(run)
     for each in comparisons:
-        if last := _last(each):
+        if last := _last(each, chosen):
             first = each.reference
             note = last.name if last is first else f"{last.name}, {first.name} {first.figures['accuracy'].text}"
             found.append(Tile("Accuracy", last.figures["accuracy"].text, note))
-    likeness = [each for each in comparisons if _last(each) is None]
+    likeness = [each for each in comparisons if _last(each, chosen) is None]
     main = next((each for each in likeness if each.base), next(iter(likeness), None))
     if main:
         for name in TOLD:
@@ -73,26 +75,33 @@ def tiles(run: RunReport, comparisons: Sequence[Comparison]) -> list[Tile]:
     return found
 
 
-def _last(comparison: Comparison) -> Candidate | None:
-    """Return the candidate that a comparison of solved tasks lists last, the end of the chain; else nothing.
+def _chosen(run: RunReport) -> Mapping[str, str]:
+    """Return the names that steps of the run chose, each with the step that did."""
+    return {step.chosen: step.name for step in run.steps if step.chosen}
 
-    The family's champion, which a gate adds after the recipe's own, is not what the recipe made.
+
+def _last(comparison: Comparison, chosen: Mapping[str, str]) -> Candidate | None:
+    """Return the candidate of a comparison of solved tasks that a step chose, else the last, the end of the chain.
+
+    Nothing where it is not about tasks. The family's champion, which a gate adds after the recipe's own, is not what
+    the recipe made.
     """
     listed = [each for each in comparison.candidates if "accuracy" in each.figures and each.name != "champion"]
-    return listed[-1] if listed else None
+    return next((each for each in listed if each.name in chosen), listed[-1] if listed else None)
 
 
-def _solved(comparison: Comparison) -> str:
-    """Say how many tasks the last candidate solves against the first; nothing where it is not about tasks."""
-    last, first = _last(comparison), comparison.reference
+def _solved(comparison: Comparison, chosen: Mapping[str, str]) -> str:
+    """Say how many tasks that candidate solves against the first; nothing where the comparison is not about tasks."""
+    last, first = _last(comparison, chosen), comparison.reference
     if last is None:
         return ""
+    name = f"{last.name}, chosen by {chosen[last.name]}," if last.name in chosen else last.name
     own = last.figures["accuracy"]
     if last is first:
-        return f"{last.name} solves {own.text} of the tasks"
+        return f"{name} solves {own.text} of the tasks"
     claims = {"better": "more than", "worse": "fewer than"}
     claim = claims.get(own.verdict, "not clearly other than")
-    return f"{last.name} solves {own.text} of the tasks, {claim} {first.name} with {first.figures['accuracy'].text}"
+    return f"{name} solves {own.text} of the tasks, {claim} {first.name} with {first.figures['accuracy'].text}"
 
 
 def _against_base(comparison: Comparison) -> str:

@@ -32,6 +32,8 @@ class ReportStep:
     """`metrics.jsonl`, lines of `{"step": int | null, "time": float, "values": {...}}`: the curves."""
     message: str = ""
     """Why it failed, was refused or skipped."""
+    chosen: str = ""
+    """Name of the step whose output it chose among several (`evaluate.best`)."""
 
 
 @dataclass(frozen=True)

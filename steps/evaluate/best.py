@@ -42,7 +42,7 @@ def evaluate_best(config: EvaluateBest, job: Job) -> Draft:
     shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
     job.log.info("by %s the best is %s: %s", config.metric, best, shown)
     job.log_metrics({"chosen": list(_names(config)).index(best), config.metric: values[best]})
-    return type(chosen).draft(out, chosen.facts)
+    return Draft(type(chosen), out, chosen.facts)
 
 
 def ranked(config: EvaluateBest, step_name: str) -> dict[str, float]:

@@ -21,7 +21,7 @@ def whole_state(trainer: "Trainer") -> "dict[str, torch.Tensor]":
 
     All processes must call this, because each sends its parts.
     """
-    return trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return dict(trainer.accelerator.get_state_dict(trainer.model_wrapped))  # pyright: ignore[reportReturnType]
 
 
 def whole_model(trainer: "Trainer", model: M, fresh: Callable[[], M]) -> M:

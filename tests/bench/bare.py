@@ -31,7 +31,7 @@ def sft(model: Path, rows: Path, out: Path, settings: dict[str, Any]) -> int:
 def grpo(model: Path, rows: Path, out: Path, settings: dict[str, Any]) -> int:
     """Reward answers that equal the reference; return the tokens asked and sampled."""
 
-    def exact(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
+    def exact(completions: list[Any], answer: list[str], **_: Any) -> list[float | None]:
         return [
             float(completion[0]["content"].strip() == wanted)
             for completion, wanted in zip(completions, answer, strict=True)

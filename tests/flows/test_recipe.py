@@ -119,6 +119,11 @@ def test_malformed_yaml_names_the_line(recipe: Build) -> None:
     assert ": not valid YAML" in refusal(recipe, ("seed: 3", "seed: [3"))
 
 
+def test_two_published_members_of_one_kind(recipe: Build) -> None:
+    message = refusal(recipe, ("members: [merged, gguf]", "members: [merged, gguf, base]"))
+    assert "publish.members: `merged` and `base` are each a Model, and a family has one; name one" in message
+
+
 def test_published_member_must_exist(recipe: Build) -> None:
     assert "publish.members.1: no step `ggfu`; did you mean `gguf`?" in refusal(
         recipe, ("[merged, gguf]", "[merged, ggfu]")

@@ -347,3 +347,12 @@ def test_solved_tasks_stand_beside_a_comparison(run: RunReport, solved_tasks: Ru
     assert "Tuned beats base: answer score 0.61 against 0.24" in text
     assert "Accuracy 75.0 % policy, base 25.0 %" in text
     assert comparison_png(both) == comparison_png(run)
+
+
+def test_the_candidate_that_a_step_chose_is_the_one_told(solved_tasks: RunReport) -> None:
+    choice = replace(step("best", "evaluate.best", "solved"), chosen="policy")
+    html = render_report(replace(solved_tasks, steps=[*solved_tasks.steps, choice]))
+    assert "<h1>policy, chosen by best, solves 75.0 % of the tasks, more than base with 25.0 %</h1>" in html
+    other = replace(choice, chosen="base")
+    html = render_report(replace(solved_tasks, steps=[*solved_tasks.steps, other]))
+    assert "<h1>base, chosen by best, solves 25.0 % of the tasks</h1>" in html
