@@ -51,9 +51,10 @@ def _under_prefect(execution: Execution, board: Board, stack: ExitStack, paramet
     from flows.servers import prefect_api, wait_until_recorded
 
     home = execution.home
-    _, ready = stack.enter_context(prefect_api(home))
-    # Imports, migrations and the first steps take seconds: they overlap with the server's start.
+    # Imports, migrations and the first steps take seconds: they overlap with the server's start. The fork server looks
+    # how busy the machine is, so it comes before our own server makes it so.
     execution.warm_up()
+    _, ready = stack.enter_context(prefect_api(home))
     execution.run_early()
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     from flows.lifecycle import board as shown

@@ -10,6 +10,7 @@ from steps.artifacts import Dataset, DatasetFacts
 from tests.conftest import Bench
 from tests.steps.conftest import better, curve, publish, run_and_kill, solved, sort_row
 
+FIRST_LOSSES = {"on_policy": 1.176744, "logits": 1.150024}
 SETTINGS = {
     "adapter": {"kind": "full"},
     "batch_size": 64,
@@ -47,6 +48,13 @@ def test_a_student_approaches_its_teacher(
     assert better(before, after) < 0.01
     losses = curve(bench, student, "loss")
     assert losses[max(losses)] < losses[1] / 2
+
+
+@pytest.mark.parametrize("mode", FIRST_LOSSES)
+def test_first_losses(bench: Bench, sorting: Any, sorting_model: Any, teacher: Any, mode: str) -> None:
+    inputs = {"model": sorting_model, "teacher": teacher, "data": sorting["train"]}
+    student = bench.run("train.distill", inputs, mode=mode, max_steps=1, **SETTINGS)[""]
+    assert curve(bench, student, "loss")[1] == pytest.approx(FIRST_LOSSES[mode], abs=1e-5)
 
 
 def test_a_teacher_of_itself_has_nothing_to_teach(bench: Bench, sorting: Any, sorting_model: Any) -> None:

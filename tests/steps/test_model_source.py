@@ -123,6 +123,7 @@ def test_a_packaged_gguf_becomes_a_working_checkpoint(bench: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.recipes
 def test_a_wrong_splitting_rule_is_noticed(bench: Any, tmp_path: Path) -> None:
     from steps.model._gguf import _metadata, _tokenizer, compare_with_llama_cpp
 

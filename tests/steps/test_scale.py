@@ -106,6 +106,7 @@ def test_what_one_process_refuses_is_said_in_one_sentence(bench: Bench, inputs: 
 
 
 @pytest.mark.slow
+@pytest.mark.recipes
 def test_two_nodes_give_what_two_processes_give(
     inputs: dict[str, Any], shared: Any, fresh: Callable[[], Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,8 +212,9 @@ def test_steps_that_run_at_once_get_gpus_of_their_own() -> None:
         assert all_three == ("0", "1", "MIG-a")
 
 
-def test_threads_spin_less_where_others_need_the_cores() -> None:
+def test_threads_spin_less_where_others_need_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """How long they spin on an idle machine is not asked: the tests may share theirs."""
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     other = subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
     try:
         assert other.stdout is not None
