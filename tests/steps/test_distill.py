@@ -54,7 +54,7 @@ def test_a_student_approaches_its_teacher(
 def test_first_losses(bench: Bench, sorting: Any, sorting_model: Any, teacher: Any, mode: str) -> None:
     inputs = {"model": sorting_model, "teacher": teacher, "data": sorting["train"]}
     student = bench.run("train.distill", inputs, mode=mode, max_steps=1, **SETTINGS)[""]
-    assert curve(bench, student, "loss")[1] == pytest.approx(FIRST_LOSSES[mode], abs=1e-5)
+    assert curve(bench, student, "loss")[1] == pytest.approx(FIRST_LOSSES[mode], abs=1e-4)
 
 
 def test_a_teacher_of_itself_has_nothing_to_teach(bench: Bench, sorting: Any, sorting_model: Any) -> None:

@@ -182,7 +182,7 @@ def test_first_losses(bench: Bench, sorting: Any, sorting_model: Any, loss: str)
     else:
         model = bench.run("train.grpo", inputs, loss=loss, **settings)[""]
     losses = curve(bench, model, "loss")
-    assert (losses[1], losses[2]) == pytest.approx(FIRST_LOSSES[loss], abs=1e-5)
+    assert (losses[1], losses[2]) == pytest.approx(FIRST_LOSSES[loss], abs=1e-4)
 
 
 def test_ratios_leave_one_when_rollouts_are_used_again(bench: Bench, sorting: Any, sorting_model: Any) -> None:
