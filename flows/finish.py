@@ -13,6 +13,8 @@ from steps.frame.spec import METRICS_NAME
 REPORT = "report.html"
 COMPARING = ("evaluate.compare", "evaluate.tasks")
 """Step kinds whose Report the page shows as a comparison of models."""
+CHOOSING = "evaluate.best"
+"""Step kind whose output is one of its candidates."""
 
 
 def finish(execution: Execution, *, publish: bool) -> Ending:
@@ -105,7 +107,13 @@ def _step(execution: Execution, state: StepState) -> ReportStep:
         metrics=dict(entry.metrics) if entry else {},
         metrics_file=metrics_file if metrics_file.is_file() else None,
         message=state.message,
-        chosen=node.edges["candidates"][int(entry.metrics["chosen"])].step
-        if entry and "chosen" in entry.metrics
-        else "",
+        chosen=_chosen(state),
     )
+
+
+def _chosen(state: StepState) -> str:
+    """Name the step whose output this one chose; nothing where choosing is not what it does."""
+    node, entry = state.planned.node, state.entry
+    if entry is None or node.kind.name != CHOOSING:
+        return ""
+    return node.edges["candidates"][int(entry.metrics["chosen"])].step

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 class Entry(BaseModel):
     """A finished step: what it gave, what it cost, and where MLflow keeps it."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    # A metric that is no number (the loss of a diverged training) must not make a finished step look damaged.
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
 
     key: str
     """The step's key: sha256 over everything that shapes its result."""

@@ -13,7 +13,7 @@ from registry.index import Entry, Index
 from registry.location import Location
 from registry.run_data import Point, flatten, json_tag, last_values, mlflow_name, read_points
 from registry.tracking import Tracking
-from steps.artifacts import MANIFEST_NAME, Artifact, Manifest, Store
+from steps.artifacts import MANIFEST_NAME, Artifact, Manifest, Report, Store
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -188,7 +188,7 @@ class StepRun:
         ended = self.step.ended.timestamp()
         totals = {"seconds": self.step.seconds, "peak_memory_bytes": float(self.step.peak_memory)}
         for artifact in artifacts.values():
-            totals |= artifact.manifest.facts["metrics"] if artifact.kind == "Report" else {}
+            totals |= artifact.facts.metrics if isinstance(artifact, Report) else {}
         extra = {name: Point(name, 0, ended, value) for name, value in totals.items() if name not in last}
         points, last = [*points, *extra.values()], last | extra
         logged, booked = [], []

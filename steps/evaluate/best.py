@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from steps.artifacts import MANIFEST_NAME, Adapter, Artifact, Draft, Model, Report
+from steps.evaluate._names import candidate_names
 from steps.frame import Follows, Input, Job, Like, NamesOf, StepConfig, UserError, step
 
 CHOICE_NAME = "choice.json"
@@ -32,20 +33,22 @@ class EvaluateBest(StepConfig):
 @step("evaluate.best", produces=Like("candidates"), reference="https://arxiv.org/abs/2504.15777")
 def evaluate_best(config: EvaluateBest, job: Job) -> Draft:
     """Link the files of the best candidate; of equally good ones the first is taken."""
-    values = ranked(config, job.name)
+    names = candidate_names("evaluate.best", config.names, len(config.candidates))
+    values = ranked(config, names, job.name)
     best = next(iter(values))
-    chosen = config.candidates[list(_names(config)).index(best)]
+    place = names.index(best)
+    chosen = config.candidates[place]
     out = job.output()
     _link(chosen, out)
     content = {"chosen": best, "metric": config.metric, "values": values}
     (out / CHOICE_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
     job.log.info("by %s the best is %s: %s", config.metric, best, shown)
-    job.log_metrics({"chosen": list(_names(config)).index(best), config.metric: values[best]})
+    job.log_metrics({"chosen": place, config.metric: values[best]})
     return Draft(type(chosen), out, chosen.facts)
 
 
-def ranked(config: EvaluateBest, step_name: str) -> dict[str, float]:
+def ranked(config: EvaluateBest, names: tuple[str, ...], step_name: str) -> dict[str, float]:
     """Return the metric of every candidate, the best first.
 
     Raises:
@@ -53,7 +56,7 @@ def ranked(config: EvaluateBest, step_name: str) -> dict[str, float]:
     """
     metrics: Mapping[str, float] = config.report.facts.metrics
     values = {}
-    for name in _names(config):
+    for name in names:
         if f"{name}/{config.metric}" not in metrics:
             of_others = sorted({key.rpartition("/")[2] for key in metrics if key.startswith(f"{name}/")})
             known = f"it has {', '.join(of_others)}" if of_others else "it is no candidate there"
@@ -62,10 +65,6 @@ def ranked(config: EvaluateBest, step_name: str) -> dict[str, float]:
     sign = 1 if config.lowest else -1
     # What is not a number did worst, whichever way the metric points.
     return dict(sorted(values.items(), key=lambda item: (math.isnan(item[1]), sign * item[1])))
-
-
-def _names(config: EvaluateBest) -> tuple[str, ...]:
-    return config.names or tuple(f"model-{number}" for number in range(1, len(config.candidates) + 1))
 
 
 def _link(chosen: Artifact, out: Path) -> None:

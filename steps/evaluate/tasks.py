@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Self
 from pydantic import Field, model_validator
 
 from steps.artifacts import Adapter, Dataset, Draft, Model, Report, ReportFacts, RewardModel
+from steps.evaluate._names import candidate_names
 from steps.frame import Follows, Input, Job, NamesOf, Resources, UserError, step
 from steps.lm.generate import Sampling, check_budgets
 from steps.lm.tasks import PASSED
@@ -76,13 +77,13 @@ def evaluate_tasks(config: EvaluateTasks, job: Job) -> Draft:
     from steps.lm.rows import write_jsonl
     from steps.lm.tasks import read_tasks
 
-    names = _names(config)
+    names = candidate_names("evaluate.tasks", config.names, len(config.candidates))
     tasks = read_tasks(config.data, config.rows)
     if not tasks:
         raise UserError(f"step `{job.name}`: `data` has no rows; give tasks to solve")
     scorer = _scorer(config)
     found: dict[str, dict[int | None, Answers]] = {
-        name: _answers(config, index, tasks, scorer, job) for index, name in enumerate(names)
+        name: _answers(config, name, index, tasks, scorer, job) for index, name in enumerate(names)
     }
     last = config.budgets[-1]
     first = {budget: found[names[0]][budget] for budget in config.budgets}
@@ -105,23 +106,6 @@ def evaluate_tasks(config: EvaluateTasks, job: Job) -> Draft:
     return Report.draft(out, facts)
 
 
-def _names(config: EvaluateTasks) -> tuple[str, ...]:
-    """Return the candidates' names.
-
-    Raises:
-        UserError: there are too few, or two are the same.
-    """
-    names = config.names or tuple(f"model-{number}" for number in range(1, len(config.candidates) + 1))
-    if len(names) != len(config.candidates):
-        raise UserError(
-            f"evaluate.tasks: `names` has {len(names)} entries for {len(config.candidates)} candidates; give one name "
-            "a candidate"
-        )
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"evaluate.tasks: two candidates are called `{twice}`; give each its own of `names`")
-    return names
-
-
 def _scorer(config: EvaluateTasks) -> "Scorer":
     from steps.train.rewards import Models, Scorer
 
@@ -129,7 +113,7 @@ def _scorer(config: EvaluateTasks) -> "Scorer":
 
 
 def _answers(
-    config: EvaluateTasks, index: int, tasks: "list[Task]", scorer: "Scorer", job: Job
+    config: EvaluateTasks, name: str, index: int, tasks: "list[Task]", scorer: "Scorer", job: Job
 ) -> "dict[int | None, Answers]":
     """Let one candidate answer every task at every budget; what is finished is kept over a restart.
 
@@ -144,7 +128,7 @@ def _answers(
     adapter = candidate if isinstance(candidate, Adapter) else None
     model = candidate if isinstance(candidate, Model) else config.model
     if model is None:
-        raise UserError(f"evaluate.tasks: `{_names(config)[index]}` is an adapter; name its base as `model`")
+        raise UserError(f"evaluate.tasks: `{name}` is an adapter; name its base as `model`")
     tokenizer = load_tokenizer(model.path)
     engine = open_engine(model, adapter, tokenizer, config, job)
     found = {}

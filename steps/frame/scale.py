@@ -114,8 +114,9 @@ def environment() -> dict[str, str]:
     others.
     """
     kept = {name: value for name, value in os.environ.items() if name not in _SET_BY_LAUNCHER}
-    turns = "20000" if busy_cores() > _BUSY else "100000"
-    return {"GOMP_SPINCOUNT": turns, "PYTORCH_NVML_BASED_CUDA_CHECK": "1", **kept}
+    if "GOMP_SPINCOUNT" not in kept:
+        kept["GOMP_SPINCOUNT"] = "20000" if busy_cores() > _BUSY else "100000"
+    return {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", **kept}
 
 
 def busy_cores(seconds: float = 0.1) -> float:

@@ -86,6 +86,47 @@ def reference_model(config: PreferenceTraining, given: Model | None, job: Job) -
     return load_model(config.model.path, "float32" if isinstance(config.adapter, Full) else config.dtype)
 
 
+def token_trainer(
+    trainer_class: Any,
+    arguments: Any,
+    prepared: Prepared,
+    table: "Table",
+    eval_table: "Table | None",
+    job: Job,
+    **more: Any,
+) -> "Trainer":
+    """Return one of TRL's preference trainers for rows that are tokens already.
+
+    Args:
+        trainer_class: `DPOTrainer`, `KTOTrainer`, `CPOTrainer` or `ORPOTrainer`.
+        arguments: its config.
+        prepared: model and tokenizer.
+        table: training rows.
+        eval_table: held-out rows.
+        job: the step's job, which hears of the metrics.
+        more: what this trainer alone takes.
+    """
+    from steps.train._progress import ReportToJob
+
+    class TokenTrainer(trainer_class):
+        # The main trainers tokenize in the one, the experimental ones in the other.
+        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+            return dataset
+
+        def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, Any]:
+            return feature
+
+    return TokenTrainer(
+        model=prepared.model,
+        args=arguments,
+        train_dataset=table,
+        eval_dataset=eval_table,
+        processing_class=prepared.tokenizer,
+        callbacks=[ReportToJob(job)],
+        **more,
+    )
+
+
 def run(
     trainer: "Trainer", config: PreferenceTraining, prepared: Prepared, held_out: Sequence[Pair], job: Job
 ) -> Draft:

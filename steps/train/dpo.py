@@ -1,12 +1,20 @@
 """`train.dpo`: direct preference optimisation with TRL, in any of its losses, and SimPO."""
 
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
 from steps.artifacts import Adapter, Draft, Model
 from steps.frame import Input, Job, Resources, step
-from steps.train._preference import PreferenceTraining, Prepared, paired_tables, prepare, reference_model, run
+from steps.train._preference import (
+    PreferenceTraining,
+    Prepared,
+    paired_tables,
+    prepare,
+    reference_model,
+    run,
+    token_trainer,
+)
 from steps.train._preference_tokens import labelled_table, pair_table
 from steps.train._settings import LIBRARIES, PRELOAD
 
@@ -91,30 +99,16 @@ def _dpo_trainer(
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.dpo_trainer import DPOTrainer
 
-    from steps.train._progress import ReportToJob
-
-    class TokenDpoTrainer(DPOTrainer):
-        """DPO on rows that are tokens already."""
-
-        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-            return dataset
-
-    return TokenDpoTrainer(
-        model=prepared.model,
-        ref_model=reference_model(config, config.reference, job),
-        args=DPOConfig(
-            **prepared.arguments,
-            loss_type=[config.loss, "sft"] if config.sft_weight else [config.loss],
-            loss_weights=[1.0, config.sft_weight] if config.sft_weight else None,
-            beta=config.strength,
-            label_smoothing=config.label_smoothing,
-            max_length=None,
-        ),
-        train_dataset=table,
-        eval_dataset=eval_table,
-        processing_class=prepared.tokenizer,
-        callbacks=[ReportToJob(job)],
+    arguments = DPOConfig(
+        **prepared.arguments,
+        loss_type=[config.loss, "sft"] if config.sft_weight else [config.loss],
+        loss_weights=[1.0, config.sft_weight] if config.sft_weight else None,
+        beta=config.strength,
+        label_smoothing=config.label_smoothing,
+        max_length=None,
     )
+    reference = reference_model(config, config.reference, job)
+    return token_trainer(DPOTrainer, arguments, prepared, table, eval_table, job, ref_model=reference)
 
 
 def _simpo_trainer(
@@ -123,28 +117,14 @@ def _simpo_trainer(
     """Return TRL's CPO trainer with SimPO's loss (https://arxiv.org/abs/2405.14734)."""
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-    from steps.train._progress import ReportToJob
-
-    class TokenCpoTrainer(CPOTrainer):
-        """CPO on rows that are tokens already."""
-
-        def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, Any]:
-            return feature
-
-    return TokenCpoTrainer(
-        model=prepared.model,
-        args=CPOConfig(
-            **prepared.arguments,
-            loss_type="simpo",
-            beta=config.strength,
-            simpo_gamma=config.simpo_gamma,
-            label_smoothing=config.label_smoothing,
-            cpo_alpha=config.sft_weight,
-            max_length=config.max_tokens,
-            remove_unused_columns=False,
-        ),
-        train_dataset=table,
-        eval_dataset=eval_table,
-        processing_class=prepared.tokenizer,
-        callbacks=[ReportToJob(job)],
+    arguments = CPOConfig(
+        **prepared.arguments,
+        loss_type="simpo",
+        beta=config.strength,
+        simpo_gamma=config.simpo_gamma,
+        label_smoothing=config.label_smoothing,
+        cpo_alpha=config.sft_weight,
+        max_length=config.max_tokens,
+        remove_unused_columns=False,
     )
+    return token_trainer(CPOTrainer, arguments, prepared, table, eval_table, job)

@@ -2,13 +2,13 @@
 
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
 from steps.artifacts import Adapter, Draft, Model
 from steps.frame import Input, Job, Resources, step
-from steps.train._preference import PreferenceTraining, prepare, reference_model, run
+from steps.train._preference import PreferenceTraining, prepare, reference_model, run, token_trainer
 from steps.train._preference_tokens import Rated
 from steps.train._settings import LIBRARIES, PRELOAD
 
@@ -51,14 +51,6 @@ def train_kto(config: TrainKto, job: Job) -> Draft:
     from trl.trainer.kto_config import KTOConfig
     from trl.trainer.kto_trainer import KTOTrainer
 
-    from steps.train._progress import ReportToJob
-
-    class TokenKtoTrainer(KTOTrainer):
-        """KTO on rows that are tokens already."""
-
-        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-            return dataset
-
     prepared = prepare(config, job)
     encoder = prepared.encoder
     table = rated_table(encoder.rated(config.data, "data"), config.batch_size, config.seed)
@@ -66,22 +58,16 @@ def train_kto(config: TrainKto, job: Job) -> Draft:
     if config.eval is not None:
         held_out = encoder.pairs(config.eval, "eval") if config.eval.facts.paired else []
         eval_table = rated_table(encoder.rated(config.eval, "eval"), config.batch_size, config.seed)
-    trainer = TokenKtoTrainer(
-        model=prepared.model,
-        ref_model=reference_model(config, config.reference, job),
-        args=KTOConfig(
-            **prepared.arguments,
-            loss_type=config.loss,
-            beta=config.beta,
-            desirable_weight=config.desirable_weight,
-            undesirable_weight=config.undesirable_weight,
-            max_length=None,
-        ),
-        train_dataset=table,
-        eval_dataset=eval_table,
-        processing_class=prepared.tokenizer,
-        callbacks=[ReportToJob(job)],
+    arguments = KTOConfig(
+        **prepared.arguments,
+        loss_type=config.loss,
+        beta=config.beta,
+        desirable_weight=config.desirable_weight,
+        undesirable_weight=config.undesirable_weight,
+        max_length=None,
     )
+    reference = reference_model(config, config.reference, job)
+    trainer = token_trainer(KTOTrainer, arguments, prepared, table, eval_table, job, ref_model=reference)
     return run(trainer, config, prepared, held_out, job)
 
 

@@ -1,12 +1,10 @@
 """`train.orpo`: odds-ratio preference optimisation with TRL; fine-tuning and preference in one loss."""
 
-from typing import Any
-
 from pydantic import Field
 
 from steps.artifacts import Adapter, Draft, Model
 from steps.frame import Job, Resources, step
-from steps.train._preference import PreferenceTraining, paired_tables, prepare, run
+from steps.train._preference import PreferenceTraining, paired_tables, prepare, run, token_trainer
 from steps.train._preference_tokens import labelled_table
 from steps.train._settings import LIBRARIES, PRELOAD
 
@@ -30,24 +28,10 @@ def train_orpo(config: TrainOrpo, job: Job) -> Draft:
     """Train, resuming from the last complete checkpoint where an earlier attempt left one."""
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-    from steps.train._progress import ReportToJob
-
-    class TokenOrpoTrainer(ORPOTrainer):
-        """ORPO on rows that are tokens already."""
-
-        def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, Any]:
-            return feature
-
     prepared = prepare(config, job)
     table, eval_table, held_out = paired_tables(config, prepared.encoder, labelled_table)
-    trainer = TokenOrpoTrainer(
-        model=prepared.model,
-        args=ORPOConfig(
-            **prepared.arguments, beta=config.beta, max_length=config.max_tokens, remove_unused_columns=False
-        ),
-        train_dataset=table,
-        eval_dataset=eval_table,
-        processing_class=prepared.tokenizer,
-        callbacks=[ReportToJob(job)],
+    arguments = ORPOConfig(
+        **prepared.arguments, beta=config.beta, max_length=config.max_tokens, remove_unused_columns=False
     )
+    trainer = token_trainer(ORPOTrainer, arguments, prepared, table, eval_table, job)
     return run(trainer, config, prepared, held_out, job)

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.table import Table
 
+from steps.artifacts import Store
 from steps.frame.kinds import all_kinds, modules_of
 from steps.frame.launch import Launcher
 from tests.conftest import Bench
@@ -57,7 +58,7 @@ def _bench(root: Path, launcher: Launcher, turn: str = "made") -> Bench:
     """Work directories of a turn's own, on one store: nothing is found half done."""
     (root / turn / "cache").mkdir(parents=True)
     bench = Bench(root / turn, launcher)
-    bench.store = type(bench.store)(root / "store")
+    bench.store = Store(root / "store")
     return bench
 
 

@@ -24,20 +24,25 @@ publish: {family: small, members: [merged, gguf]}
 """
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> Callable[..., Graph]:
-    """Build the graph of a recipe text, with replacements and overrides."""
+def builder(base: str, path: Path) -> Callable[..., Graph]:
+    """Return what builds the graph of a recipe text, with replacements and overrides."""
 
     def build(*changes: tuple[str, str], overrides: tuple[str, ...] = ()) -> Graph:
-        text = SMALL
+        text = base
         for old, new in changes:
             assert old in text, old
             text = text.replace(old, new)
-        path = tmp_path / "small.yaml"
         path.write_text(text, encoding="utf-8")
         return build_graph(load_recipe(path, overrides))
 
     return build
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Callable[..., Graph]:
+    """Build the graph of a recipe text, with replacements and overrides."""
+
+    return builder(SMALL, tmp_path / "small.yaml")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from flows.recipe import load_recipe
 from registry.home import Home
 from steps.frame import UserError
 from tests.flows.command import Command
+from tests.flows.conftest import builder
 
 LOOP = """
 name: loop
@@ -36,16 +37,7 @@ Loop = Callable[..., Graph]
 def loop(tmp_path: Path) -> Loop:
     """Build the graph of the recipe above, with replacements and overrides."""
 
-    def build(*changes: tuple[str, str], overrides: tuple[str, ...] = ()) -> Graph:
-        text = LOOP
-        for old, new in changes:
-            assert old in text, old
-            text = text.replace(old, new)
-        path = tmp_path / "loop.yaml"
-        path.write_text(text, encoding="utf-8")
-        return build_graph(load_recipe(path, overrides))
-
-    return build
+    return builder(LOOP, tmp_path / "loop.yaml")
 
 
 def refusal(loop: Loop, *changes: tuple[str, str], overrides: tuple[str, ...] = ()) -> str:

@@ -1,6 +1,7 @@
 """Executions and steps in a real embedded MLflow: whole or not at all, and no byte twice."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -306,3 +307,17 @@ def test_steps_are_recorded_side_by_side(workshop: Workshop) -> None:
     assert len({entry.run_id for entry in entries}) == len(made), "the same step recorded twice at once is one run"
     runs = list(workshop.recorder.tracking.runs("tags.`posttrain.role` = 'step'"))
     assert [run.info.status for run in runs] == ["FINISHED"] * len(made)
+
+
+def test_a_metric_that_is_no_number_is_kept_and_the_step_found_again(workshop: Workshop) -> None:
+    report = workshop.report({"tuned/perplexity": float("nan"), "tuned/loss": float("inf"), "tuned/accuracy": 0.5})
+    execution = workshop.begin()
+    entry = execution.record(workshop.step("quality", report))
+    execution.finish()
+
+    found = Index(workshop.home.index).get(entry.key)
+    assert found is not None
+    assert math.isnan(found.metrics["tuned/perplexity"])
+    assert (found.metrics["tuned/loss"], found.metrics["tuned/accuracy"]) == (math.inf, 0.5)
+    logged = workshop.recorder.tracking.client.get_run(entry.run_id).data.metrics
+    assert math.isnan(logged["tuned/perplexity"])

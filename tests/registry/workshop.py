@@ -9,7 +9,7 @@ from typing import Any
 
 from registry.home import Home
 from registry.record import Execution, Recorder, StepRecord
-from steps.artifacts import Artifact, Dataset, Manifest, Parent, Quantized, Report, digest_tree
+from steps.artifacts import Artifact, Dataset, Manifest, Parent, Quantized, Report, ReportFacts, digest_tree
 
 BEGAN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 MODEL_FACTS: dict[str, Any] = {
@@ -101,7 +101,8 @@ class Workshop:
         return made
 
     def report(self, metrics: Mapping[str, float], rows: str = "") -> Report:
-        made = self.make("Report", {"rows.jsonl": rows.encode()}, {"metrics": metrics}, step="evaluate.compare")
+        facts = ReportFacts(metrics=metrics).as_plain()
+        made = self.make("Report", {"rows.jsonl": rows.encode()}, facts, step="evaluate.compare")
         assert isinstance(made, Report)
         return made
 

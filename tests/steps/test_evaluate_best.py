@@ -58,6 +58,12 @@ def test_a_metric_that_the_report_lacks_is_named(bench: Bench, models: list[Any]
     assert "the report has no accuracy of `other`; it is no candidate there" in result.message
 
 
+def test_as_many_names_as_candidates(bench: Bench, models: list[Any], scores: Any) -> None:
+    result = bench.attempt("evaluate.best", {"candidates": models, "report": scores}, names=("small", "large"))
+    assert result.status == "refused"
+    assert "evaluate.best: `names` has 2 entries for 3 candidates" in result.message
+
+
 RECIPE = """
 name: choice
 base: {uses: model.pico}
