@@ -82,7 +82,7 @@ def _histogram(rates: Sequence[float], config: FilterDifficulty) -> "Figure":
     from matplotlib.figure import Figure
 
     levels = sorted(set(rates))
-    figure = Figure(figsize=(7, 3.5))
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
     axes.axvspan(config.min_pass_rate, config.max_pass_rate, color="#4878a8", alpha=0.12, label="kept")
     axes.bar(levels, [rates.count(level) for level in levels], width=0.8 / max(8, len(levels)), color="#4878a8")

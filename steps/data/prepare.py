@@ -58,7 +58,7 @@ class Measured:
     produces={"train": Dataset, "eval": Dataset},
     reference="https://arxiv.org/abs/2107.06499",
     libraries=("rensa", "transformers", "tokenizers", "pyarrow"),
-    preload=("transformers", "rensa"),
+    preload=("transformers", "rensa", "matplotlib.figure"),
     resources=Resources(cpus=1),
 )
 def prepare_data(config: PrepareData, job: Job) -> dict[str, Draft]:
@@ -210,7 +210,7 @@ def _histogram(sides: dict[str, list[Measured]], unit: str) -> "Figure":
 
     lengths = {name: [one.length for one in rows] for name, rows in sides.items() if rows}
     edges = np.histogram_bin_edges([length for part in lengths.values() for length in part], bins=40)
-    figure = Figure(figsize=(7, 3.5))
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
     for name, part in lengths.items():
         weights = np.full(len(part), 1 / len(part))

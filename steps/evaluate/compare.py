@@ -56,7 +56,7 @@ class Compare(StepConfig):
     produces=Report,
     reference="https://github.com/ggml-org/llama.cpp/tree/master/tools/perplexity",
     libraries=("torch", "transformers", "tokenizers", "llama-cpp-python", "gptqmodel", "rouge-score"),
-    preload=("torch", "transformers.modeling_utils", "rouge_score.rouge_scorer"),
+    preload=("torch", "transformers.modeling_utils", "rouge_score.rouge_scorer", "matplotlib.figure"),
     resources=Resources(cpus=0),
 )
 def compare(config: Compare, job: Job) -> Draft:

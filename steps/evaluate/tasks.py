@@ -67,7 +67,7 @@ class EvaluateTasks(Sampling):
     produces=Report,
     reference="https://arxiv.org/abs/2504.15777",
     libraries=("torch", "transformers", "tokenizers", "peft", "scipy", *VERIFIERS),
-    preload=("torch", "transformers", "peft"),
+    preload=("torch", "transformers", "peft", "matplotlib.figure"),
     resources=Resources(cpus=0),
 )
 def evaluate_tasks(config: EvaluateTasks, job: Job) -> Draft:

@@ -81,8 +81,10 @@ class Job:
             return
         folder = self._work / PLOTS_NAME
         folder.mkdir(exist_ok=True)
-        figure.savefig(folder / f"{name}.png", dpi=144, bbox_inches="tight")
-        figure.savefig(folder / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
+        figure.savefig(folder / f"{name}.png", dpi=144)
+        # The layout stands; to find it again takes as long as to draw.
+        figure.set_layout_engine("none")
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
 
     def progress(self, done: float, total: float, what: str = "") -> None:
         """Say how far the step is; shown on the terminal and in Prefect. Written at most five times a second."""

@@ -39,6 +39,8 @@ class TransformersEngine:
         """
         import torch
 
+        from steps.lm.prefill import prefill_once
+
         if not prompts:
             return []
         longest = max(map(len, prompts))
@@ -53,7 +55,7 @@ class TransformersEngine:
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
         device = self.model.device
-        with _only_asked_for(self.model), torch.inference_mode():
+        with _only_asked_for(self.model), prefill_once(self.model), torch.inference_mode():
             out: Any = self.model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),

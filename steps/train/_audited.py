@@ -1,10 +1,14 @@
-"""TRL's online trainers with the importance ratios handed to the audits. Imports TRL: use it within a step only."""
+"""TRL's online trainers: a group's prompt is read once, and the audits see the importance ratios.
+
+Imports TRL: use within a step only.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from steps.lm.prefill import prefill_once
 from steps.train._audits import Audits
 
 
@@ -17,6 +21,10 @@ def audited(trainer_class: type[Any], audits: Audits) -> type[Any]:
 
     class Audited(trainer_class):
         _learning_logps: torch.Tensor | None = None
+
+        def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+            with prefill_once(self.model):
+                return super()._generate_single_turn(*args, **kwargs)
 
         def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
             found = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)

@@ -63,7 +63,7 @@ class TrainGrpo(RlTraining):
     produces=(Adapter, Model),
     reference="https://arxiv.org/abs/2402.03300",
     libraries=(*LIBRARIES, *rewards.LIBRARIES),
-    preload=(*PRELOAD, "trl.trainer.grpo_trainer"),
+    preload=(*PRELOAD, "trl.trainer.grpo_trainer", "matplotlib.figure"),
     resources=Resources(cpus=0),
 )
 def train_grpo(config: TrainGrpo, job: Job) -> Draft:

@@ -33,7 +33,7 @@ class TrainRloo(RlTraining):
     produces=(Adapter, Model),
     reference="https://arxiv.org/abs/2402.14740",
     libraries=(*LIBRARIES, *rewards.LIBRARIES),
-    preload=(*PRELOAD, "trl.trainer.rloo_trainer"),
+    preload=(*PRELOAD, "trl.trainer.rloo_trainer", "matplotlib.figure"),
     resources=Resources(cpus=0),
 )
 def train_rloo(config: TrainRloo, job: Job) -> Draft:

@@ -155,7 +155,10 @@ def _trainer(
     callbacks: list[Any] = [ReportToJob(job, omit=("num_tokens",) if config.packing else ())]
     if config.packing:
         from steps.train._packing import PackedCollator, check_isolation, packed
+        from steps.train._row_attention import attend_by_rows
 
+        if not attend_by_rows(model):
+            job.log.info("this model's attention needs a mask over packed sequences, which costs their length squared")
         check_isolation(model)
         rows = packed(rows, config.max_tokens)
         job.log_metrics({"sequences": len(rows)})

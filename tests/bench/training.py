@@ -22,7 +22,7 @@ from tests.flows.command import ROOT
 _TURNS = 2
 _COMMON = {"schedule": "constant_with_warmup", "warmup": 0.0, "seed": 3}
 _SFT = {**_COMMON, "epochs": 1, "batch_size": 16, "max_tokens": 512, "learning_rate": 1e-3}
-_GRPO = {**_COMMON, "max_steps": 8, "batch_size": 128, "group_size": 8, "max_new_tokens": 24, "learning_rate": 1e-4}
+_GRPO = {**_COMMON, "max_steps": 16, "batch_size": 128, "group_size": 8, "max_new_tokens": 24, "learning_rate": 1e-4}
 _OURS = {"adapter": {"kind": "full"}, "dtype": "float32"}
 """What bare TRL does unasked: every weight is trained, in the precision in which it was loaded."""
 

@@ -70,6 +70,28 @@ def test_facts_are_those_of_the_rows(sampled: Samples, sorting: Any) -> None:
     assert "<|im_end|>" not in "".join(each["text"] for each in every)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_prompt_is_read_once_for_all_answers_to_it(
+    engine: Callable[..., tuple[TransformersEngine, Any]], temperature: float
+) -> None:
+    writer, tokenizer = engine(temperature=temperature)
+    # A longer prompt between two shorter ones: two rows of padding must not be taken for one prompt.
+    asked = [tokenizer.encode(text) for text in ("sort 3 1 2", "sort 3 1 2 9 8 7 6", "sort 5 4 9")]
+    prompts = [asked[0]] * 4 + [asked[1]] * 3 + [asked[2]]
+    keys = [f"answer-{number}" for number in range(len(prompts))]
+    seen: list[tuple[int, ...]] = []
+    hook = writer.model.register_forward_pre_hook(
+        lambda _, args, given: seen.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    together = writer.write(prompts, keys, 6)
+    hook.remove()
+    assert seen[0] == (3, len(asked[1]))
+    assert set(seen[1:]) == {(8, 1)}
+    alone = [writer.write([prompt], [key], 6)[0] for prompt, key in zip(prompts, keys, strict=True)]
+    assert [each.ids[: len(one.ids)] for each, one in zip(together, alone, strict=True)] == [one.ids for one in alone]
+    assert "_prefill" not in vars(writer.model)
+
+
 def test_samples_repeat_and_resume_to_the_same_bytes(
     sorting: Any, sorting_model: Any, fresh: Callable[[], Bench]
 ) -> None:

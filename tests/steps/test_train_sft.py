@@ -112,14 +112,19 @@ def spans(model: Any, messages: list[dict[str, Any]], train_on: Any) -> list[str
     return [str(tokenizer.decode(run)) for run in runs if run]
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["rows", "sdpa", "eager"])
 def test_packed_rows_do_not_see_each_other(pico: Any, attention: str) -> None:
     import torch
+
+    from steps.train._row_attention import attend_by_rows
 
     rows = [list(range(start, start + length)) for start, length in ((5, 9), (40, 14), (80, 6), (100, 11), (130, 3))]
     batch = pack_of(rows)
     model = load_model(pico.path, "float32")
-    model.set_attn_implementation(attention)
+    if attention == "rows":
+        assert attend_by_rows(model)
+    else:
+        model.set_attn_implementation(attention)
     with torch.no_grad():
         # With a cache transformers would take the positions for one row's.
         inside = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
@@ -307,6 +312,22 @@ def test_packing_is_refused_where_rows_would_see_each_other(pico: Any) -> None:
     check_isolation(load_model(pico.path, "bfloat16"))
     with pytest.raises(UserError, match="see each other in Mamba2ForCausalLM"):
         check_isolation(Mamba2ForCausalLM(small))
+
+
+def test_a_model_with_a_sliding_window_keeps_its_mask() -> None:
+    import torch
+    from transformers import MistralConfig, MistralForCausalLM
+
+    from steps.train._row_attention import attend_by_rows
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    for window, by_rows in ((None, True), (8, False)):
+        model = MistralForCausalLM(
+            MistralConfig(vocab_size=64, num_key_value_heads=2, sliding_window=window, **sizes)  # pyright: ignore
+        )
+        assert attend_by_rows(model) is by_rows
+        assert (model.config._attn_implementation == "sdpa") is not by_rows
 
 
 @pytest.mark.parametrize(
