@@ -26,8 +26,8 @@ plan: setup ## Show what `make run` would do
 pull: setup ## Fetch FAMILY in FORMAT into TO
 	@$(posttrain) pull $(FAMILY) --format $(FORMAT) --to $(TO)
 
-test: setup ## Run all tests
-	@.venv/bin/python -m pytest
+test: setup ## Run all tests, those of steps beside all others
+	@.venv/bin/python -m pytest -n 2
 
 test-fast: setup ## Run the tests that train nothing
 	@.venv/bin/python -m pytest tests/flows tests/registry -m "not slow"

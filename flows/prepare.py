@@ -1,6 +1,5 @@
 """From a recipe's name to a plan and an execution."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from registry.home import Home, silence_telemetry
 from steps.frame import UserError
 from steps.frame.errors import did_you_mean
 from steps.frame.hardware import elsewhere
+from steps.frame.scale import cores
 
 RECIPES = Path("recipes")
 _ENVIRONMENT = "${oc.env:"
@@ -92,4 +92,4 @@ def prepare(
     if plan.blocked:
         step = plan.blocked[0]
         raise UserError(f"step `{step.name}` cannot run: {step.reason}")
-    return Execution(plan, home, os.cpu_count() or 1, on_progress)
+    return Execution(plan, home, cores(), on_progress)

@@ -1,6 +1,7 @@
 """What many tests share: a fork server, a store, and a pico model made once in the session."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,26 @@ from steps.frame.spec import InputSpec, StepResult, StepSpec
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+
+
+def pytest_configure() -> None:
+    """Give each of several test processes cores of its own: on shared ones their threads wait for each other."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker and sys.platform == "linux":
+        every = sorted(os.sched_getaffinity(0))
+        own = every[int(worker.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
+        os.sched_setaffinity(0, own or every)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Let one of two test processes take the steps, which share models, and the other all the rest."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Rooms(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "steps" if nodeid.startswith("tests/steps/") else "flows"
+
+    return Rooms(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,9 +67,9 @@ class Bench:
         resources: Resources | None = None,
         **config: Any,
     ) -> StepSpec:
-        """Write down a step as the flow would."""
+        """Write down a step as the flow would, on one core: what is asserted must not depend on how many there are."""
         declared = load_kind(kind)
-        granted = resources or declared.resources
+        granted = resources or declared.resources.model_copy(update={"cpus": declared.resources.cpus or 1})
         given = {
             field: [value] if isinstance(value, Artifact) else list(value) for field, value in (inputs or {}).items()
         }

@@ -57,9 +57,14 @@ def launch_command(resources: Resources, python: str = sys.executable, node: int
     return [python, "-m", "accelerate.commands.launch", *words]
 
 
+def cores() -> int:
+    """Return how many processors this process may use: all, or those it is bound to."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def threads(resources: Resources) -> int:
     """Return the cores that each process of a step may use."""
-    return max((resources.cpus or os.cpu_count() or 1) // resources.local_processes, 1)
+    return max((resources.cpus or cores()) // resources.local_processes, 1)
 
 
 def lacking(resources: Resources) -> tuple[str, str]:

@@ -103,7 +103,8 @@ def judge(bench: Any, pico: Any) -> Any:
     """A pico model that was taught what good weather is."""
     rows = list(lessons())
     data = publish(bench, Dataset, "lessons", rows, DatasetFacts(rows=len(rows)))
-    settings = {"adapter": {"kind": "full"}, "batch_size": 32, "max_steps": 60, "learning_rate": 2e-3}
+    settings = {"batch_size": 32, "max_steps": 100, "learning_rate": 1e-3, "schedule": "constant_with_warmup"}
+    settings["adapter"] = {"kind": "full"}
     return bench.run("train.sft", {"model": pico, "data": data}, dtype="float32", **settings)[""]
 
 

@@ -75,8 +75,9 @@ def test_a_prompt_is_read_once_for_all_answers_to_it(
     engine: Callable[..., tuple[TransformersEngine, Any]], temperature: float
 ) -> None:
     writer, tokenizer = engine(temperature=temperature)
-    # A longer prompt between two shorter ones: two rows of padding must not be taken for one prompt.
-    asked = [tokenizer.encode(text) for text in ("sort 3 1 2", "sort 3 1 2 9 8 7 6", "sort 5 4 9")]
+    tasks = [Task(each, ({"role": "user", "content": f"sort {each}"},), "", "test") for each in ("3 1 2", "3 1 2 9")]
+    one, other = (list(each.ids) for each in questions(tokenizer, tasks, writer.decoding, 1))
+    asked = [one, other, one]
     prompts = [asked[0]] * 4 + [asked[1]] * 3 + [asked[2]]
     keys = [f"answer-{number}" for number in range(len(prompts))]
     seen: list[tuple[int, ...]] = []
@@ -85,7 +86,7 @@ def test_a_prompt_is_read_once_for_all_answers_to_it(
     )
     together = writer.write(prompts, keys, 6)
     hook.remove()
-    assert seen[0] == (3, len(asked[1]))
+    assert seen[0] == (3, len(other))
     assert set(seen[1:]) == {(8, 1)}
     alone = [writer.write([prompt], [key], 6)[0] for prompt, key in zip(prompts, keys, strict=True)]
     assert [each.ids[: len(one.ids)] for each, one in zip(together, alone, strict=True)] == [one.ids for one in alone]

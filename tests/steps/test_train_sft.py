@@ -25,7 +25,7 @@ SETTINGS: dict[str, Any] = {
     "seed": 3,
 }
 # Loss of the first batch of 8 sums on the pico model of seed 1, float32.
-FIRST_LOSS = 7.9719
+FIRST_LOSS = 7.9586
 
 
 @pytest.fixture(scope="session")

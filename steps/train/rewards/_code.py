@@ -9,10 +9,11 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from steps.frame.errors import UserError
+from steps.frame.scale import cores
 from steps.lm.tasks import Rollout
 from steps.train.rewards._answers import place
 from steps.train.rewards._reward import reward
-from steps.train.rewards._sandbox import Limits, cores, run_confined
+from steps.train.rewards._sandbox import Limits, run_confined
 
 _FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
 

@@ -13,9 +13,10 @@ from steps.artifacts import digest_file
 from steps.artifacts.tree import tree_sha256
 from steps.frame.errors import UserError
 from steps.frame.hardware import runs_here
+from steps.frame.scale import cores
 from steps.lm.tasks import Rollout
 from steps.train.rewards._reward import reward
-from steps.train.rewards._sandbox import TIMED_OUT, Limits, cores, run_confined
+from steps.train.rewards._sandbox import TIMED_OUT, Limits, run_confined
 
 _NOT_RUN = 127
 

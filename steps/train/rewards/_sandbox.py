@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from steps.frame.errors import UserError
+from steps.frame.scale import cores
 
 TIMED_OUT = 124
 """Exit code where time ran out."""
@@ -60,11 +61,6 @@ class Outcome:
     code: int
     """Exit code; `TIMED_OUT`, or 128 and a signal's number."""
     output: str
-
-
-def cores() -> int:
-    """Return how many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_confined(job: str, content: Mapping[str, Any], limits: Limits, command: Sequence[str] = ()) -> Outcome:
