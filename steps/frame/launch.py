@@ -44,14 +44,17 @@ class Launcher:
             ours, theirs = socket.socketpair()
             self._log.parent.mkdir(parents=True, exist_ok=True)
             command = [sys.executable, "-m", "steps.frame.forkserver", str(theirs.fileno()), *self._preload]
+            surroundings = environment()
             with self._log.open("ab") as log:
+                log.write(f"GOMP_SPINCOUNT={surroundings['GOMP_SPINCOUNT']}\n".encode())
+                log.flush()
                 self._server = subprocess.Popen(
                     command,
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    env=environment(),
+                    env=surroundings,
                     start_new_session=True,
                 )
             theirs.close()

@@ -124,16 +124,22 @@ def environment() -> dict[str, str]:
     return {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", **kept}
 
 
-def busy_cores(seconds: float = 0.1) -> float:
-    """Return how many cores other processes keep busy, measured for a moment."""
+def busy_cores(seconds: float = 0.1, moments: int = 4) -> float:
+    """Return how many cores other processes keep busy: the least of some moments, for what only ends or begins is none.
+
+    The kernel counts in hundredths of a second, so one short moment says little.
+    """
 
     def used() -> float:
         times = psutil.cpu_times()
         return sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
 
-    before, own = used(), time.process_time()
-    time.sleep(seconds)
-    return max(used() - before - (time.process_time() - own), 0.0) / seconds
+    found = []
+    for _ in range(moments):
+        before, own = used(), time.process_time()
+        time.sleep(seconds)
+        found.append(max(used() - before - (time.process_time() - own), 0.0) / seconds)
+    return min(found)
 
 
 @contextmanager
