@@ -61,7 +61,8 @@ def test_the_story_runs_in_its_pico_profile(name: str, tmp_path: Path) -> None:
     posttrain = Command(tmp_path / "home")
     ended = posttrain("run", name, "--profile", "pico", "--json")
     assert ended.code == 0, ended.err + ended.out
-    assert all(step["outcome"] == "finished" for step in ended.json["steps"].values())
+    # Two steps that are the same in this profile (deepseek-r1's teacher and student) are made once.
+    assert {step["outcome"] for step in ended.json["steps"].values()} <= {"finished", "cached"}
     first, last = FIRST_AND_LAST[name]
     accuracy = accuracies(posttrain.home)
     assert accuracy[last] > accuracy[first], accuracy
