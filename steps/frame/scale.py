@@ -33,6 +33,7 @@ NODE_RANK, ADDRESS, PORT = "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"
 _PR_SET_PDEATHSIG = 1
 _BUSY = 0.3
 """Cores in use by others from which the machine counts as shared."""
+_MOMENTS = 4
 _SET_BY_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", ADDRESS, PORT)
 
 
@@ -120,26 +121,22 @@ def environment() -> dict[str, str]:
     """
     kept = {name: value for name, value in os.environ.items() if name not in _SET_BY_LAUNCHER}
     if "GOMP_SPINCOUNT" not in kept:
-        kept["GOMP_SPINCOUNT"] = "20000" if busy_cores() > _BUSY else "100000"
+        # The kernel counts in hundredths of a second: one moment says little of others, but idle is idle.
+        shared = all(busy_cores() > _BUSY for _ in range(_MOMENTS))
+        kept["GOMP_SPINCOUNT"] = "20000" if shared else "100000"
     return {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", **kept}
 
 
-def busy_cores(seconds: float = 0.1, moments: int = 4) -> float:
-    """Return how many cores other processes keep busy: the least of some moments, for what only ends or begins is none.
-
-    The kernel counts in hundredths of a second, so one short moment says little.
-    """
+def busy_cores(seconds: float = 0.1) -> float:
+    """Return how many cores other processes keep busy, measured for a moment."""
 
     def used() -> float:
         times = psutil.cpu_times()
         return sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
 
-    found = []
-    for _ in range(moments):
-        before, own = used(), time.process_time()
-        time.sleep(seconds)
-        found.append(max(used() - before - (time.process_time() - own), 0.0) / seconds)
-    return min(found)
+    before, own = used(), time.process_time()
+    time.sleep(seconds)
+    return max(used() - before - (time.process_time() - own), 0.0) / seconds
 
 
 @contextmanager

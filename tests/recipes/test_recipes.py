@@ -61,8 +61,10 @@ def test_the_story_runs_in_its_pico_profile(name: str, tmp_path: Path) -> None:
     posttrain = Command(tmp_path / "home")
     ended = posttrain("run", name, "--profile", "pico", "--json")
     assert ended.code == 0, ended.err + ended.out
+    steps = ended.json["steps"].values()
     # Two steps that are the same in this profile (deepseek-r1's teacher and student) are made once.
-    assert {step["outcome"] for step in ended.json["steps"].values()} <= {"finished", "cached"}
+    made = [step["outputs"] for step in steps if step["outcome"] == "finished"]
+    assert all(step["outputs"] in made for step in steps)
     first, last = FIRST_AND_LAST[name]
     accuracy = accuracies(posttrain.home)
     assert accuracy[last] > accuracy[first], accuracy
@@ -70,7 +72,11 @@ def test_the_story_runs_in_its_pico_profile(name: str, tmp_path: Path) -> None:
         members = {member: value for member, value in accuracy.items() if member.startswith("rl[")}
         assert len(members) == 4
         best = posttrain.home / "artifacts" / ended.json["steps"]["best"]["outputs"][""]
-        assert members[json.loads((best / "choice.json").read_text())["chosen"]] == max(members.values())
+        assert (
+            members[json.loads((best / "choice.json").read_text())["chosen"]]
+            == max(members.values())
+            > accuracy["start"]
+        )
     assert "accuracy" in Path(ended.json["report"]).read_text(encoding="utf-8").casefold()
 
 

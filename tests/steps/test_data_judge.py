@@ -104,8 +104,8 @@ def judge(bench: Any, pico: Any) -> Any:
     rows = list(lessons())
     data = publish(bench, Dataset, "lessons", rows, DatasetFacts(rows=len(rows)))
     settings = {"batch_size": 32, "max_steps": 100, "learning_rate": 1e-3, "schedule": "constant_with_warmup"}
-    settings["adapter"] = {"kind": "full"}
-    return bench.run("train.sft", {"model": pico, "data": data}, dtype="float32", **settings)[""]
+    adapter = {"kind": "full"}
+    return bench.run("train.sft", {"model": pico, "data": data}, dtype="float32", adapter=adapter, **settings)[""]
 
 
 def test_a_judge_ranks_by_what_it_was_taught(bench: Any, judge: Any) -> None:

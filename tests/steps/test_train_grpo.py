@@ -23,7 +23,7 @@ FIRST_LOSSES = {
     "bnpo": (0, -0.002657),
     "cispo": (-0.032279, -0.003245),
     "sapo": (-0.020776, -0.102110),
-    "gspo": (0, -0.000207),
+    "gspo": (0, -0.000153),
     "rloo": (0, -0.05),
 }
 _AT_NIGHT = ("cispo", "grpo", "dr_grpo", "bnpo", "sapo", "gspo")
