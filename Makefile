@@ -14,7 +14,7 @@ help: ## Say what each target does
 
 setup: .venv/.ready ## Make .venv from the lock
 
-.venv/.ready: requirements.lock pyproject.toml infra/setup.sh
+.venv/.ready: requirements.lock pyproject.toml infra/setup.sh infra/deepspeed.lock
 	@infra/setup.sh
 
 run: setup ## Run RECIPE (quickstart), in its PROFILE where one is given: from data to publication

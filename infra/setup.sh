@@ -39,4 +39,11 @@ if [ "$(cat "$share/VERSION" 2>/dev/null)" != "$version" ]; then
     cp -r "${source[0]}"/{convert_hf_to_gguf.py,conversion,gguf-py,LICENSE} "$share"/
     echo "$version" >"$share/VERSION"
 fi
+# Not among the other packages: where accelerate finds DeepSpeed it imports it in every training.
+beside=.venv/share/posttrain/deepspeed
+if ! cmp -s infra/deepspeed.lock "$beside/LOCK"; then
+    rm -rf "$beside"
+    DS_BUILD_OPS=0 "${pip[@]}" install --no-deps --no-build-isolation --target "$beside" -r infra/deepspeed.lock
+    cp infra/deepspeed.lock "$beside/LOCK"
+fi
 touch .venv/.ready

@@ -27,6 +27,7 @@ from steps.frame.hardware import gpus
 from steps.frame.spec import SPEC_NAME, StepSpec
 
 PROFILES = Path(__file__).parents[2] / "infra" / "accelerate"
+DEEPSPEED = Path(sys.prefix) / "share" / "posttrain" / "deepspeed"
 JOIN_NAME = "join"
 """File in a step's work directory that is there while other nodes may take part."""
 NODE_RANK, ADDRESS, PORT = "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"
@@ -79,9 +80,24 @@ def lacking(resources: Resources) -> tuple[str, str]:
             "nodes",
             f"{resources.nodes} nodes are asked for; set {ADDRESS} to this one's address (see `posttrain join`)",
         )
-    if resources.world > 1 and resources.launcher.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-        return "launch", f"`{resources.launcher}` needs the package deepspeed, which is not installed"
+    if _by_deepspeed(resources) and not DEEPSPEED.exists() and importlib.util.find_spec("deepspeed") is None:
+        return "launch", f"`{resources.launcher}` needs the package deepspeed, which is not installed; run `make setup`"
     return "", ""
+
+
+def paths(resources: Resources) -> dict[str, str]:
+    """Return what a launcher's environment needs beyond that of other steps: where DeepSpeed is, if it shares the work.
+
+    It lies beside the other packages, not among them: accelerate imports it, where it finds it, whenever a trained
+    model is unwrapped, which takes a second of every training.
+    """
+    if not _by_deepspeed(resources):
+        return {}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(DEEPSPEED))))}
+
+
+def _by_deepspeed(resources: Resources) -> bool:
+    return resources.world > 1 and resources.launcher.startswith("zero")
 
 
 def die_with_parent() -> None:
@@ -180,6 +196,6 @@ def join(work: Path) -> None:
             command = [*launch_command(spec.resources, node=node), "-m", "steps", str(marker.with_name(SPEC_NAME))]
             with (spec.work / f"log.{node}.txt").open("ab") as log:
                 options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "preexec_fn": die_with_parent}
-                end = subprocess.run(command, env=environment(), **options)
+                end = subprocess.run(command, env=environment() | paths(spec.resources), **options)
             print(f"{spec.name}: ended with code {end.returncode}", flush=True)
         time.sleep(0.2)

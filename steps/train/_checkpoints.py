@@ -11,8 +11,12 @@ if TYPE_CHECKING:
 
 
 def checkpoints(job: Job) -> Path:
-    """Return the directory of a step's checkpoints; it survives a restart."""
-    return job.scratch / "checkpoints"
+    """Return the directory of a step's checkpoints; it survives a restart.
+
+    What divides the weights or the optimizer's state writes checkpoints that nothing else reads.
+    """
+    shared = job.resources.launcher if job.resources.world > 1 else "ddp"
+    return job.scratch / ("checkpoints" if shared in ("ddp", "ddp-cpu") else f"checkpoints-{shared}")
 
 
 def train(trainer: "Trainer", job: Job) -> None:

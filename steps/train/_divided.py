@@ -1,4 +1,4 @@
-"""Weights that processes divide among themselves (FSDP2), and how they come together again to be given out."""
+"""Weights that processes divide among themselves (FSDP2, ZeRO-3), and how they come together to be given out."""
 
 import os
 from collections.abc import Callable
@@ -13,7 +13,14 @@ M = TypeVar("M")
 
 def is_divided() -> bool:
     """Whether each process of this step holds only a part of the weights."""
-    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true" or (
+        by_deepspeed() and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    )
+
+
+def by_deepspeed() -> bool:
+    """Whether DeepSpeed divides something among the processes of this step, if only the optimizer's state."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 
 
 def whole_state(trainer: "Trainer") -> "dict[str, torch.Tensor]":
@@ -21,7 +28,8 @@ def whole_state(trainer: "Trainer") -> "dict[str, torch.Tensor]":
 
     All processes must call this, because each sends its parts.
     """
-    return dict(trainer.accelerator.get_state_dict(trainer.model_wrapped))  # pyright: ignore[reportReturnType]
+    state: Any = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return dict(state or {})
 
 
 def whole_model(trainer: "Trainer", model: M, fresh: Callable[[], M]) -> M:
@@ -36,6 +44,11 @@ def whole_model(trainer: "Trainer", model: M, fresh: Callable[[], M]) -> M:
     state = whole_state(trainer)
     if not trainer.accelerator.is_main_process:
         return model
+    if by_deepspeed():
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        # While it stands, every model that is loaded is divided at once.
+        unset_hf_deepspeed_config()
     complete: Any = fresh()
     learned = {name: state[name] for name, parameter in complete.named_parameters() if parameter.requires_grad}
     complete.load_state_dict(learned, strict=False)

@@ -1,6 +1,5 @@
 """What every trainer has in common: the model, what of it is trained, and how the optimizer runs."""
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +10,7 @@ from steps.frame import Input, StepConfig, UserError
 from steps.frame.hardware import fast_dtype
 from steps.lm.checkpoint import Dtype
 from steps.train._adapters import AdapterMethod, Full, Lora, Oft
-from steps.train._divided import is_divided
+from steps.train._divided import by_deepspeed, is_divided
 
 PRELOAD = ("torch", "transformers", "datasets", "peft", "trl.trainer.sft_trainer")
 """Modules that every trainer needs."""
@@ -74,14 +73,12 @@ def common_arguments(config: Training, checkpoints: Path) -> dict[str, Any]:
     """Translate the common settings into arguments of any of TRL's configs.
 
     Raises:
-        UserError: the weights would be divided among processes in a way that they cannot be trained in or given out.
+        UserError: the weights would be divided among processes in a way that they cannot be trained in.
     """
     import torch
 
-    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
-        raise UserError("resources.launch: a model divided by zero3 cannot be saved yet; use fsdp2, ddp or zero2")
-    if is_divided() and config.optimizer == "muon":
-        raise UserError("optimizer: Muon trains whole matrices, fsdp2 divides them; use adamw, or launch: ddp")
+    if config.optimizer == "muon" and (is_divided() or by_deepspeed()):
+        raise UserError("optimizer: Muon trains whole matrices, which this launch divides; use adamw, or launch: ddp")
     full = isinstance(config.adapter, Full)
     floor = {"min_lr_rate": config.final_rate} if config.final_rate else {}
     return {

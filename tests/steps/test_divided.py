@@ -1,26 +1,26 @@
-"""Weights that two processes divide (FSDP2) come together again: what is given out is what one process gives."""
+"""Weights that two processes divide (FSDP2, ZeRO) come together again: what is given out is what one process gives."""
 
 import itertools
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from safetensors.torch import load_file
 
 from steps.artifacts import Dataset, DatasetFacts
 from steps.frame import Resources, UserError
+from steps.frame.config import Launch
 from steps.frame.launch import Launcher
-from steps.frame.scale import PROFILES
 from steps.lm.rows import read_jsonl
 from steps.train._settings import common_arguments
 from steps.train.sft import TrainSft
 from tests.conftest import Bench
 from tests.steps.conftest import curve, publish, sort_row
 
-TWO = Resources(processes=2, cpus=2)
 SFT = {"dtype": "float32", "epochs": 2, "learning_rate": 1e-3, "seed": 3, "checkpoint_steps": 5}
 
 
@@ -34,36 +34,70 @@ def inputs(bench: Bench) -> dict[str, Any]:
 
 @pytest.fixture
 def dividing(fresh: Callable[[], Bench], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Bench]:
-    """A bench whose processes divide weights as `launch: fsdp2` says, but on processors."""
-    profile = yaml.safe_load((PROFILES / "fsdp2.yaml").read_text())
-    for name, value in profile["fsdp_config"].items():
-        monkeypatch.setenv(name.upper(), str(value).lower() if isinstance(value, bool) else str(value))
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    """A bench whose processes do on processors what a profile for GPUs says."""
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent / 'gloo'}{os.pathsep}{Path(__file__).parents[2]}")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     bench = fresh()
     bench.launcher = Launcher([], tmp_path / "forkserver.txt")
     yield bench
     bench.launcher.close()
 
 
+def two(launch: Launch) -> Resources:
+    return Resources(gpus=2, cpus=2, launch=launch)
+
+
+def assert_same(wanted: Any, found: Any) -> None:
+    """The same facts, and weights that differ by no more than the order of a sum does."""
+    assert found.facts == wanted.facts
+    (file,) = (path.name for path in wanted.path.glob("*model.safetensors"))
+    ours, theirs = load_file(wanted.path / file), load_file(found.path / file)
+    assert ours.keys() == theirs.keys()
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-5
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("adapter", [{"kind": "full"}, pytest.param({"kind": "lora"}, marks=pytest.mark.recipes)])
+@pytest.mark.parametrize("adapter", ["full", pytest.param("lora", marks=pytest.mark.recipes)])
+@pytest.mark.parametrize("launch", ["fsdp2", "zero3", pytest.param("zero2", marks=pytest.mark.recipes)])
 def test_divided_training_gives_out_the_weights_of_one_process(
-    bench: Bench, dividing: Bench, inputs: dict[str, Any], adapter: dict[str, Any]
+    bench: Bench, dividing: Bench, inputs: dict[str, Any], launch: Launch, adapter: str
 ) -> None:
-    one = bench.run("train.sft", inputs, batch_size=8, adapter=adapter, **SFT)[""]
-    two = dividing.run("train.sft", inputs, batch_size=4, adapter=adapter, resources=TWO, **SFT)[""]
-    assert curve(dividing, two, "loss") == pytest.approx(curve(bench, one, "loss"), abs=1e-5)
-    file = "model.safetensors" if adapter["kind"] == "full" else "adapter_model.safetensors"
-    wanted, found = load_file(one.path / file), load_file(two.path / file)
-    assert wanted.keys() == found.keys()
-    assert max(float((wanted[name] - found[name]).abs().max()) for name in wanted) < 1e-5
-    assert two.facts == one.facts
+    settings = {**SFT, "adapter": {"kind": adapter}}
+    alone = bench.run("train.sft", inputs, batch_size=8, **settings)[""]
+    shared = dividing.run("train.sft", inputs, batch_size=4, resources=two(launch), **settings)[""]
+    assert curve(dividing, shared, "loss") == pytest.approx(curve(bench, alone, "loss"), abs=1e-5)
+    assert_same(alone, shared)
 
 
 @pytest.mark.slow
 @pytest.mark.recipes
-def test_the_best_of_divided_weights_is_given_out(bench: Bench, dividing: Bench, inputs: dict[str, Any]) -> None:
+@pytest.mark.parametrize("launch", ["fsdp2", "zero3", "zero2"])
+def test_a_killed_divided_training_goes_on_to_the_same_weights(
+    bench: Bench, dividing: Bench, inputs: dict[str, Any], launch: Launch, tmp_path: Path
+) -> None:
+    settings = {**SFT, "adapter": {"kind": "full"}, "epochs": 8}
+    alone = bench.run("train.sft", inputs, batch_size=8, **settings)[""]
+    spec = dividing.spec("train.sft", inputs, batch_size=4, resources=two(launch), **settings)
+    flow = threading.Thread(target=dividing.launcher.run, args=(spec,))
+    flow.start()
+    deadline = time.monotonic() + 120
+    while not list(spec.work.glob("scratch/checkpoints-*/checkpoint-5/trainer_state.json")):
+        assert time.monotonic() < deadline and flow.is_alive()
+        time.sleep(0.01)
+    dividing.launcher.close()
+    flow.join()
+    dividing.launcher = Launcher([], tmp_path / "again.txt")
+    result = dividing.launcher.run(spec)
+    assert "resuming from checkpoint-" in (spec.work / "log.txt").read_text()
+    assert_same(alone, dividing.store.open(result.outputs[""]))
+
+
+@pytest.mark.slow
+@pytest.mark.recipes
+@pytest.mark.parametrize("launch", ["fsdp2", "zero3"])
+def test_the_best_of_divided_weights_is_given_out(
+    bench: Bench, dividing: Bench, inputs: dict[str, Any], launch: Launch
+) -> None:
     settings = {**SFT, "learning_rate": 1e-3, "max_steps": 4, "eval_steps": 2, "adapter": {"kind": "full"}}
     rewards = [{"kind": "length", "target": 3}]
     held_out = {**inputs, "eval": inputs["data"]}
@@ -74,7 +108,7 @@ def test_the_best_of_divided_weights_is_given_out(bench: Bench, dividing: Bench,
         group_size=8,
         batch_size=16,
         max_new_tokens=6,
-        resources=TWO,
+        resources=two(launch),
         **settings,
     )[""]
     scores = curve(dividing, policy, "held_out")
@@ -91,8 +125,9 @@ def test_the_best_of_divided_weights_is_given_out(bench: Bench, dividing: Bench,
     assert sum(found) / len(found) == pytest.approx(max(scores.values()), abs=0.02)
 
 
-def test_muon_cannot_train_divided_matrices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+@pytest.mark.parametrize("by", ["FSDP", "DEEPSPEED"])
+def test_muon_cannot_train_divided_matrices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, by: str) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{by}", "true")
     config = TrainSft.model_validate({"model": "base", "data": "data.train", "optimizer": "muon"})
-    with pytest.raises(UserError, match="Muon trains whole matrices, fsdp2 divides them"):
+    with pytest.raises(UserError, match="Muon trains whole matrices, which this launch divides"):
         common_arguments(config, tmp_path)
