@@ -86,14 +86,18 @@ def lacking(resources: Resources) -> tuple[str, str]:
 
 
 def paths(resources: Resources) -> dict[str, str]:
-    """Return what a launcher's environment needs beyond that of other steps: where DeepSpeed is, if it shares the work.
+    """Return what a launcher's environment needs beyond that of other steps, if DeepSpeed shares the work.
 
     It lies beside the other packages, not among them: accelerate imports it, where it finds it, whenever a trained
-    model is unwrapped, which takes a second of every training.
+    model is unwrapped, which takes a second of every training. It compiles its kernels with this environment's ninja.
     """
     if not _by_deepspeed(resources):
         return {}
-    return {"PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(DEEPSPEED))))}
+    tools = str(Path(sys.executable).parent)
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(DEEPSPEED)))),
+        "PATH": os.pathsep.join(filter(None, (tools, os.environ.get("PATH")))),
+    }
 
 
 def _by_deepspeed(resources: Resources) -> bool:

@@ -20,7 +20,7 @@ from steps.artifacts import Dataset, DatasetFacts
 from steps.frame import Resources, UserError
 from steps.frame.config import Launch
 from steps.frame.hardware import gpus
-from steps.frame.scale import busy_cores, environment, join, lacking, launch_command, threads
+from steps.frame.scale import DEEPSPEED, busy_cores, environment, join, lacking, launch_command, paths, threads
 from tests.conftest import Bench
 from tests.steps.conftest import curve, publish
 
@@ -164,6 +164,18 @@ def test_several_nodes_need_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     assert options["--num_processes"] == "6"
     assert options["--machine_rank"] == "1"
     assert options["--main_process_ip"] == "10.0.0.1"
+
+
+def test_only_launchers_of_deepspeed_see_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    assert paths(Resources(gpus=2, launch="fsdp2")) == paths(Resources(gpus=1, launch="zero3")) == {}
+    found = paths(Resources(gpus=2, launch="zero3"))
+    assert found["PYTHONPATH"].split(os.pathsep) == ["mine", str(DEEPSPEED)]
+    assert (Path(found["PATH"].split(os.pathsep)[0]) / "ninja").exists()
+    assert lacking(Resources(processes=2)) == ("", "")
+    monkeypatch.setattr("steps.frame.scale.DEEPSPEED", tmp_path / "none")
+    monkeypatch.setattr("steps.frame.scale.gpus", lambda: ("0", "1"))
+    assert lacking(Resources(gpus=2, launch="zero2"))[1].endswith("not installed; run `make setup`")
 
 
 def test_a_node_that_does_not_say_which_it_is_cannot_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,4 +30,8 @@ if os.environ.get("RANK") and (by_fsdp or by_deepspeed):
     state.PartialState.__init__ = _init_as_for_gpus
     if by_deepspeed:
         state.AcceleratorState.__init__ = _init_accelerator_as_for_gpus
-        state.PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.NO)
+
+        def _prepare_gloo(self: Any, *_: Any, **__: Any) -> tuple[str, Any]:
+            return "gloo", DistributedType.NO
+
+        state.PartialState._prepare_backend = _prepare_gloo
