@@ -107,6 +107,7 @@ def token_trainer(
         more: what this trainer alone takes.
     """
     from steps.train._progress import ReportToJob
+    from steps.train._speed import Speed
 
     class TokenTrainer(trainer_class):
         # The main trainers tokenize in the one, the experimental ones in the other.
@@ -122,7 +123,7 @@ def token_trainer(
         train_dataset=table,
         eval_dataset=eval_table,
         processing_class=prepared.tokenizer,
-        callbacks=[ReportToJob(job)],
+        callbacks=[ReportToJob(job), Speed(job)],
         **more,
     )
 

@@ -31,6 +31,7 @@ def outcome_trainer(
     from trl.trainer.reward_trainer import RewardTrainer
 
     from steps.train._progress import ReportToJob
+    from steps.train._speed import Speed
 
     encoder = Encoder(tokenizer, config.model, config.max_tokens, job)
     held_out = Preferences.of(config.eval) if config.eval else None
@@ -40,7 +41,7 @@ def outcome_trainer(
         train_dataset=_whole_answers(encoder.pairs(Preferences.of(config.data), "data")),
         eval_dataset=_whole_answers(encoder.pairs(held_out, "eval")) if held_out else None,
         processing_class=tokenizer,
-        callbacks=[ReportToJob(job)],
+        callbacks=[ReportToJob(job), Speed(job)],
     )
 
 

@@ -19,6 +19,7 @@ from steps.train.rewards import Reward, Scorer
 
 if TYPE_CHECKING:
     from datasets import Dataset as Table
+    from transformers import PreTrainedModel
 
 
 class _Part(BaseModel):
@@ -70,7 +71,8 @@ class RlTraining(Training):
     judge: Input[Model] | None = None
     """Asked by the reward `judge`."""
     group_size: int = Field(default=8, ge=2)
-    """Answers sampled for each task. `batch_size · accumulation` answers make a step, so it must divide that."""
+    """Answers sampled for each task. Each process's `batch_size · accumulation` answers make a step, so it must divide
+    that."""
     updates_per_rollout: int = Field(default=1, ge=1)
     """Optimizer steps for which a batch of rollouts is split up: above 1 the later ones are off-policy."""
     iterations: int = Field(default=1, ge=1)
@@ -120,10 +122,9 @@ class RlTraining(Training):
         """Optimizer steps that learn from one batch of rollouts."""
         return self.updates_per_rollout * self.iterations
 
-    @property
-    def tasks_per_rollout(self) -> int:
-        """Tasks asked in one batch of rollouts."""
-        return self.batch_size * self.accumulation * self.updates_per_rollout // self.group_size
+    def tasks_per_rollout(self, processes: int) -> int:
+        """Tasks asked in one batch of rollouts, by all processes that share the work."""
+        return self.batch_size * self.accumulation * self.updates_per_rollout * processes // self.group_size
 
 
 def rl_arguments(config: RlTraining, job: Job, steps: int) -> dict[str, Any]:
@@ -172,26 +173,26 @@ def read_training_tasks(config: RlTraining, job: Job) -> list[Task]:
     Raises:
         UserError: there are fewer than one batch of rollouts asks.
     """
-    tasks = read_tasks(config.data)
-    if len(tasks) < config.tasks_per_rollout:
+    tasks, asked = read_tasks(config.data), config.tasks_per_rollout(job.resources.world)
+    if len(tasks) < asked:
         raise UserError(
-            f"step `{job.name}`: data has {len(tasks)} tasks, one batch of rollouts asks {config.tasks_per_rollout}; "
+            f"step `{job.name}`: data has {len(tasks)} tasks, one batch of rollouts asks {asked}; "
             "lower batch_size, or raise group_size"
         )
     return tasks
 
 
-def steps_per_epoch(config: RlTraining, tasks: int) -> int:
+def steps_per_epoch(config: RlTraining, tasks: int, processes: int = 1) -> int:
     """Return the optimizer steps in which every task is asked once."""
-    return tasks // config.tasks_per_rollout * config.window
+    return tasks // config.tasks_per_rollout(processes) * config.window
 
 
-def total_steps(config: RlTraining, tasks: int) -> int:
+def total_steps(config: RlTraining, tasks: int, processes: int = 1) -> int:
     """Return the optimizer steps of the whole training."""
-    return config.max_steps or max(1, math.floor(config.epochs * steps_per_epoch(config, tasks)))
+    return config.max_steps or max(1, math.floor(config.epochs * steps_per_epoch(config, tasks, processes)))
 
 
-def task_order(config: RlTraining, tasks: list[Task], steps: int) -> "Table":
+def task_order(config: RlTraining, tasks: list[Task], steps: int, processes: int = 1) -> "Table":
     """Return `prompt` and `task` (an index) for every question of the whole training, each epoch shuffled anew.
 
     One long table instead of epochs over a short one: TRL's sampler draws each epoch's order from a state that a
@@ -200,12 +201,13 @@ def task_order(config: RlTraining, tasks: list[Task], steps: int) -> "Table":
     import numpy as np
     from datasets import Dataset as Table
 
-    wanted = math.ceil(steps / config.window) * config.tasks_per_rollout
+    asked = config.tasks_per_rollout(processes)
+    wanted = math.ceil(steps / config.window) * asked
     rng = np.random.default_rng(config.seed)
     order: list[int] = []
     while len(order) < wanted:
         # Whole batches only: a batch never asks one task twice.
-        order += rng.permutation(len(tasks))[: len(tasks) - len(tasks) % config.tasks_per_rollout].tolist()
+        order += rng.permutation(len(tasks))[: len(tasks) - len(tasks) % asked].tolist()
     order = order[:wanted]
     return Table.from_dict({"prompt": [[dict(message) for message in tasks[i].prompt] for i in order], "task": order})
 
@@ -225,23 +227,24 @@ def train_on_rollouts(config: RlTraining, job: Job, trainer_class: Any, make_arg
     from steps.train._audits import Audits
     from steps.train._held_out import HeldOut
     from steps.train._online import run
+    from steps.train._speed import Speed
 
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model.path)
     tokenizer.padding_side = "left"
-    tasks = read_training_tasks(config, job)
-    steps = total_steps(config, len(tasks))
+    tasks, processes = read_training_tasks(config, job), job.resources.world
+    steps = total_steps(config, len(tasks), processes)
     scorers, verifier = make_scorers(config)
-    epoch = steps_per_epoch(config, len(tasks))
+    epoch = steps_per_epoch(config, len(tasks), processes)
     audits = Audits(job, scorers, verifier, config.group_size, epoch, config.stop_when, config.window)
     model = trainable_model(config.model, config.adapter, config.dtype)
     trainer = audited(trainer_class, audits)(
         model=model,
         reward_funcs=audits.rewards(tasks, config.model.facts.stop_token_ids),
         args=make_arguments(**rl_arguments(config, job, steps)),
-        train_dataset=task_order(config, tasks, steps),
+        train_dataset=task_order(config, tasks, steps, processes),
         processing_class=tokenizer,
-        callbacks=[audits.callback()],
+        callbacks=[audits.callback(), Speed(job, rollout_cost(config, model))],
     )
     held_out = HeldOut(config, job, trainer, tokenizer, verifier, audits) if config.eval else None
     if held_out:
@@ -251,6 +254,17 @@ def train_on_rollouts(config: RlTraining, job: Job, trainer_class: Any, make_arg
     if "ref" in getattr(model, "peft_config", {}):
         model.delete_adapter("ref")
     return trained_draft(config, job, trainer, model, tokenizer, held_out.best() if held_out else None)
+
+
+def rollout_cost(config: RlTraining, model: "PreTrainedModel") -> float | None:
+    """Return the floating-point operations for one token of a prompt or answer, its sampling and the reference too."""
+    from steps.train._speed import cost_of
+
+    sampled = not (isinstance(config.rollouts, VllmRollouts) and config.rollouts.mode == "server")
+    # Where a batch of rollouts serves several steps, its log-probabilities are computed beforehand.
+    forwards = sampled + (config.kl > 0) + (config.window > 1)
+    # How long answers will be is not known; at half of what they may be attention is a small share of the whole.
+    return cost_of(model, config.max_new_tokens / 2, forwards, config.iterations)
 
 
 def make_scorers(config: RlTraining) -> tuple[list[Scorer], Scorer]:

@@ -148,11 +148,16 @@ def _trainer(
     from trl.trainer.sft_config import SFTConfig
 
     from steps.train._progress import ReportToJob
+    from steps.train._speed import Speed, cost_of
     from steps.train._supervised import SupervisedTrainer
 
     collator = None
-    # TRL counts a batch of packed sequences as one; `tokens` above has an epoch's true number.
-    callbacks: list[Any] = [ReportToJob(job, omit=("num_tokens",) if config.packing else ())]
+    tokens = job.last_metrics["tokens"]
+    # TRL counts a batch of packed sequences as one; `tokens` has an epoch's true number.
+    callbacks: list[Any] = [
+        ReportToJob(job, omit=("num_tokens",) if config.packing else ()),
+        Speed(job, cost_of(model, tokens / len(rows)), tokens if config.packing else 0),
+    ]
     if config.packing:
         from steps.train._packing import PackedCollator, check_isolation, packed
         from steps.train._row_attention import attend_by_rows

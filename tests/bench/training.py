@@ -14,6 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from steps.artifacts import Store
+from steps.frame import Resources
 from steps.frame.kinds import all_kinds, modules_of
 from steps.frame.launch import Launcher
 from tests.conftest import Bench
@@ -70,7 +71,9 @@ def _pair(
     for turn in range(_TURNS):
         name = f"{method}-{inputs['data'].digest[:8]}-{settings.get('packing', '')}-{turn}"
         extra = {"rewards": [{"kind": "exact"}], "loss": "dapo"} if method == "grpo" else {}
-        result = _bench(root, launcher, name).attempt(f"train.{method}", inputs, **settings, **extra, **_OURS)
+        bench = _bench(root, launcher, name)
+        # All cores, as bare TRL takes; a test's step has one.
+        result = bench.attempt(f"train.{method}", inputs, resources=Resources(), **settings, **extra, **_OURS)
         assert result.status == "finished", result.message
         tokens = result.metrics["num_tokens" if method == "grpo" else "tokens"]
         ours.append(tokens / result.seconds)

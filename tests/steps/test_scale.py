@@ -1,5 +1,6 @@
 """Several processes share a step: the same losses as one, one voice, no orphans, and a plan that knows the machine."""
 
+import json
 import os
 import subprocess
 import sys
@@ -60,10 +61,20 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(
 
 
 @pytest.mark.slow
+def test_two_processes_ask_twice_the_tasks_in_a_step(bench: Bench, inputs: dict[str, Any]) -> None:
+    """88 tasks, of which each process asks 11 in a step."""
+    settings = {**SETTINGS, "epochs": 1, "batch_size": 44, "group_size": 4, "max_new_tokens": 6}
+    rewards = [{"kind": "length", "target": 3}]
+    policy = bench.run("train.grpo", inputs, rewards=rewards, resources=TWO, **settings)[""]
+    assert list(curve(bench, policy, "loss")) == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
 def test_the_main_process_speaks_for_all(bench: Bench, shared: Any) -> None:
     work = bench.root / "work" / shared.manifest.key[:16]
     assert (work / "log.txt").read_text().count("begins: sft (train.sft)") == 1
-    assert len((work / "metrics.jsonl").read_text().splitlines()) == 7
+    lines = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line["values"]] == [1, 5, 10, 15, 20]
     assert {path.name for path in work.iterdir()} == {
         "spec.json", "result.json", "progress.json", "metrics.jsonl", "log.txt", "scratch",
     }  # fmt: skip

@@ -10,7 +10,9 @@ from steps.frame import Job, Resources
 from steps.frame.spec import StepSpec
 from steps.lm.tasks import Rollout, Task
 from steps.train._audits import Audits, RewardsEqual, repeated_share
+from steps.train._rl import task_order, total_steps
 from steps.train._stopping import StopCondition, Stopping
+from steps.train.grpo import TrainGrpo
 from steps.train.rewards import REWARDS, Scorer, total
 from tests.conftest import Bench
 from tests.steps.conftest import better, curve, run_and_kill, solved
@@ -281,3 +283,16 @@ def test_audits_tell_length_bias_hacking_and_dead_groups(tmp_path: Path) -> None
 def test_repeated_text_is_measured() -> None:
     assert repeated_share("one two three four five") == 0
     assert repeated_share("again and again and " * 8) > 0.8
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_epoch_asks_each_task_once_however_many_processes_share_it(processes: int) -> None:
+    settings = {"model": "base", "data": "data", "rewards": [{"kind": "exact"}], "epochs": 2, "batch_size": 8}
+    config = TrainGrpo.model_validate({**settings, "group_size": 4, "updates_per_rollout": 2})
+    tasks = [Task(str(number), ({"role": "user", "content": str(number)},), "", "test") for number in range(32)]
+    # Four tasks of each process in a batch of rollouts, which serves two steps.
+    steps = total_steps(config, len(tasks), processes)
+    assert steps == 2 * 32 // (4 * processes) * 2
+    asked = list(task_order(config, tasks, steps, processes)["task"])
+    assert sorted(asked[:32]) == sorted(asked[32:]) == list(range(32))
+    assert asked[:32] != asked[32:]
