@@ -75,6 +75,8 @@ def test_the_main_process_speaks_for_all(bench: Bench, shared: Any) -> None:
     assert (work / "log.txt").read_text().count("begins: sft (train.sft)") == 1
     lines = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line["values"]] == [1, 5, 10, 15, 20]
+    # And rows, a summary, and the speed: four times and its mean.
+    assert len(lines) == 12
     assert {path.name for path in work.iterdir()} == {
         "spec.json", "result.json", "progress.json", "metrics.jsonl", "log.txt", "scratch",
     }  # fmt: skip
