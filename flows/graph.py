@@ -121,12 +121,17 @@ def _draft(loaded: LoadedRecipe, step: Occurrence, kind: StepKind, member: str, 
         config = kind.config.model_validate(given)
     except ValidationError as error:
         raise validation_error(error, loaded.file, step.place, kind.config, given) from None
+    resources = step.entry.resources or kind.resources
+    try:
+        config.check_resources(resources)
+    except ValueError as error:
+        raise loaded.error((*step.place, "resources"), str(error)) from None
     return Node(
         name=titled(step.family, step.round, member),
         family=step.family,
         kind=kind,
         config=config,
-        resources=step.entry.resources or kind.resources,
+        resources=resources,
         place=step.place,
         group=step.group,
         round=step.round,

@@ -71,11 +71,11 @@ class Judge:
     """
 
     def __init__(self, path: Path, dtype: Dtype, criterion: str, batch_size: int) -> None:
-        import torch
+        from steps.lm.device import own_device
 
         self._tokenizer = load_tokenizer(path)
         self._model = load_model(path, dtype)
-        self._model.to("cuda" if torch.cuda.is_available() else "cpu")  # pyright: ignore[reportArgumentType]
+        self._model.to(own_device())  # pyright: ignore[reportArgumentType]
         self._criterion = criterion
         self._batch_size = batch_size
         self._compared = 0

@@ -54,28 +54,23 @@ class SampleData(Sampling):
     resources=Resources(cpus=0),
 )
 def sample_data(config: SampleData, job: Job) -> Draft:
-    """Sample, keeping what is finished over a restart; score; write."""
-    from steps.lm.checkpoint import load_tokenizer
-    from steps.lm.generate import open_engine, sample_answers
+    """Sample, in as many processes as share the step, keeping what is finished over a restart; score; write."""
     from steps.lm.rows import read_jsonl, write_jsonl
+    from steps.lm.sampler import Sampler
 
     rows = list(islice(read_jsonl(config.data.rows_file), config.rows))
     if not rows:
         raise UserError(f"step `{job.name}`: `data` has no rows; give prompts to sample answers to")
-    tokenizer = load_tokenizer(config.model.path)
-    engine = open_engine(config.model, config.adapter, tokenizer, config, job)
-    rollouts = sample_answers(
-        engine,
-        tokenizer,
-        [Task.of(row) for row in rows],
-        config,
-        samples=config.samples,
-        thinking_tokens=config.thinking_tokens,
-        kept=job.scratch / "answers.jsonl",
-        progress=lambda done, total: job.progress(done, total, "answers"),
-    )
-    scores = _scored(config, rollouts)
+    with Sampler(config.model, config.adapter, config, job) as sampler:
+        rollouts = sampler.answers(
+            [Task.of(row) for row in rows],
+            "answers",
+            samples=config.samples,
+            thinking_tokens=config.thinking_tokens,
+            progress=lambda done, total: job.progress(done, total, "answers"),
+        )
     out = job.output()
+    scores = _scored(config, rollouts)
     write_jsonl(
         out / "rows.jsonl",
         (

@@ -16,7 +16,7 @@ from steps.train.rewards import REWARDS, Reward, check_tools
 
 if TYPE_CHECKING:
     from steps.evaluate._task_scores import Answers
-    from steps.lm.tasks import Task
+    from steps.lm.tasks import Rollout, Task
     from steps.train.rewards import Scorer
 
 
@@ -73,7 +73,7 @@ class EvaluateTasks(Sampling):
 def evaluate_tasks(config: EvaluateTasks, job: Job) -> Draft:
     """Let one candidate after the other answer at each budget; write rows, summary, table, figures."""
     from steps.evaluate._task_report import draw, summary, table
-    from steps.evaluate._task_scores import metrics_of, task_rows
+    from steps.evaluate._task_scores import judge, metrics_of, task_rows
     from steps.lm.rows import write_jsonl
     from steps.lm.tasks import read_tasks
 
@@ -81,9 +81,12 @@ def evaluate_tasks(config: EvaluateTasks, job: Job) -> Draft:
     tasks = read_tasks(config.data, config.rows)
     if not tasks:
         raise UserError(f"step `{job.name}`: `data` has no rows; give tasks to solve")
+    answers = [_answers(config, name, index, tasks, job) for index, name in enumerate(names)]
+    out = job.output()
     scorer = _scorer(config)
     found: dict[str, dict[int | None, Answers]] = {
-        name: _answers(config, name, index, tasks, scorer, job) for index, name in enumerate(names)
+        name: {budget: judge(each, scorer, config.passed) for budget, each in own.items()}
+        for name, own in zip(names, answers, strict=True)
     }
     last = config.budgets[-1]
     first = {budget: found[names[0]][budget] for budget in config.budgets}
@@ -92,7 +95,6 @@ def evaluate_tasks(config: EvaluateTasks, job: Job) -> Draft:
         for name, own in found.items()
     }
     content = summary(config.verifier.label, len(tasks), config.samples, last, measured)
-    out = job.output()
     write_jsonl(out / "rows.jsonl", (row for name in names for row in task_rows(name, last, found[name][last])))
     others = [(name, budget) for name in names for budget in config.budgets[:-1]]
     if others:
@@ -113,38 +115,31 @@ def _scorer(config: EvaluateTasks) -> "Scorer":
 
 
 def _answers(
-    config: EvaluateTasks, name: str, index: int, tasks: "list[Task]", scorer: "Scorer", job: Job
-) -> "dict[int | None, Answers]":
-    """Let one candidate answer every task at every budget; what is finished is kept over a restart.
+    config: EvaluateTasks, name: str, index: int, tasks: "list[Task]", job: Job
+) -> "dict[int | None, list[list[Rollout]]]":
+    """Let one candidate answer every task at every budget, in as many processes as share the step.
 
     Raises:
         UserError: an adapter comes without the model it was trained on.
     """
-    from steps.evaluate._task_scores import judge
-    from steps.lm.checkpoint import load_tokenizer
-    from steps.lm.generate import open_engine, sample_answers
+    from steps.lm.sampler import Sampler
 
     candidate, rounds = config.candidates[index], len(config.candidates) * len(config.budgets)
     adapter = candidate if isinstance(candidate, Adapter) else None
     model = candidate if isinstance(candidate, Model) else config.model
     if model is None:
         raise UserError(f"evaluate.tasks: `{name}` is an adapter; name its base as `model`")
-    tokenizer = load_tokenizer(model.path)
-    engine = open_engine(model, adapter, tokenizer, config, job)
     found = {}
-    for place, budget in enumerate(config.budgets):
-        before = index * len(config.budgets) + place
-        rollouts = sample_answers(
-            engine,
-            tokenizer,
-            tasks,
-            config,
-            samples=config.samples,
-            thinking_tokens=budget,
-            kept=job.scratch / f"answers-{index}-{place}.jsonl",
-            progress=lambda done, total, before=before: job.progress(before + done / total, rounds, "candidates"),
-        )
-        found[budget] = judge(rollouts, scorer, config.passed)
+    with Sampler(model, adapter, config, job) as sampler:
+        for place, budget in enumerate(config.budgets):
+            before = index * len(config.budgets) + place
+            found[budget] = sampler.answers(
+                tasks,
+                f"answers-{index}-{place}",
+                samples=config.samples,
+                thinking_tokens=budget,
+                progress=lambda done, total, before=before: job.progress(before + done / total, rounds, "candidates"),
+            )
     return found
 
 

@@ -3,7 +3,7 @@
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema, core_schema
@@ -102,7 +102,8 @@ class Resources(BaseModel):
     cpus: int = Field(default=0, ge=0)
     """Cores of each node; 0 takes all."""
     gpus: int = Field(default=0, ge=0)
-    """GPUs of each node; with more than one, each is driven by a process of its own."""
+    """GPUs of each node; with more than one, each is driven by a process of its own. 0 reserves none: the step may use
+    the first, beside others, where the machine has one."""
     nodes: int = Field(default=1, ge=1)
     """Machines that take part."""
     processes: int = Field(default=0, ge=0)
@@ -135,6 +136,11 @@ class Resources(BaseModel):
         return self.local_processes * self.nodes
 
     @property
+    def divided(self) -> bool:
+        """Whether processes hold only parts of the weights, gradients or optimizer state."""
+        return self.world > 1 and self.launcher in ("fsdp2", "zero2", "zero3")
+
+    @property
     def launcher(self) -> Launch:
         """How several processes share the work."""
         return self.launch or ("ddp" if self.gpus else "ddp-cpu")
@@ -144,6 +150,21 @@ class StepConfig(BaseModel):
     """Base of every step's config. Unknown keys are refused; nothing can be changed after validation."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, use_attribute_docstrings=True)
+
+    processes_shape_result: ClassVar[bool] = False
+    """Whether several processes give another result than one: then how many they are is part of the key."""
+
+    def check_resources(self, resources: Resources) -> None:
+        """Check that what the step is granted can run these settings; steps that processes can share say so here.
+
+        Raises:
+            ValueError: it cannot; the sentence says what would be right.
+        """
+        if resources.world > 1:
+            raise ValueError(
+                f"{resources.world} processes cannot share this step; leave `processes` and `nodes` out, and ask for "
+                "one GPU at most"
+            )
 
 
 @dataclass(frozen=True)

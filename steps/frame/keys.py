@@ -27,7 +27,7 @@ def step_key(
         config: validated config; defaults count, so an explicit default gives the same key.
         parents: for each input field the `<key of the producing step>:<output>` of its parents, in order.
         sources: fingerprint of each external source by URI.
-        processes: how many share the work: each adds a batch of its own to every optimizer step.
+        processes: how many share the work; of a training each adds a batch of its own to every optimizer step.
     """
     content = {
         "kind": kind.name,
@@ -36,6 +36,6 @@ def step_key(
         "parents": {field: list(keys) for field, keys in parents.items()},
         "sources": dict(sources),
         "libraries": kind.library_versions(),
-        **({"processes": processes} if processes > 1 else {}),
+        **({"processes": processes} if processes > 1 and config.processes_shape_result else {}),
     }
     return hashlib.sha256(canonical_json(content)).hexdigest()

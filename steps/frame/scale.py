@@ -120,9 +120,27 @@ def rank_of(spec: StepSpec) -> int:
 
 
 def use_devices(spec: StepSpec) -> None:
-    """Show CUDA the GPUs that were granted to a step, before anything touches one."""
-    if spec.devices or spec.resources.world > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(spec.devices)
+    """Show CUDA the GPUs that were granted to a step, before anything touches one.
+
+    A step that asks for none may use the machine's first, which it shares with others; of more than one the trainers
+    would each take a part of the batch.
+    """
+    granted = spec.devices or (gpus()[:1] if spec.resources.world == 1 else [])
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(granted)
+
+
+def stand_alone(resources: Resources, rank: int, count: int = 1) -> None:
+    """Let a process of a shared step go on alone, with `count` GPUs from its own on; before anything touches one.
+
+    What it loads then sees no other GPU, and nothing that would make it look for the other processes.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        return
+    if resources.gpus:
+        first = rank % resources.local_processes
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus()[first : first + count])
+    for name in _SET_BY_LAUNCHER:
+        os.environ.pop(name, None)
 
 
 def environment() -> dict[str, str]:

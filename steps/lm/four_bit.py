@@ -22,6 +22,8 @@ def load_four_bit(directory: Path, dtype: Dtype, four_bit: FourBit) -> "PreTrain
     from bitsandbytes.nn.modules import Linear4bit
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    from steps.lm.device import own_device
+
     check_safetensors(directory)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -33,6 +35,8 @@ def load_four_bit(directory: Path, dtype: Dtype, four_bit: FourBit) -> "PreTrain
         directory,
         dtype=getattr(torch, dtype),
         quantization_config=quantization,
+        # Left out, every process of a shared step would load it on the first GPU.
+        device_map={"": own_device()} if torch.cuda.is_available() else None,
         use_safetensors=True,
         trust_remote_code=False,
     )

@@ -9,26 +9,22 @@ the same numbers as seeds, but forms its batches itself and promises less.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from steps.artifacts import Adapter, Model
-from steps.frame.config import StepConfig
-from steps.frame.errors import UserError
+from steps.frame.config import Resources, StepConfig
 from steps.frame.hardware import fast_dtype
 from steps.lm.chat import render, token_ids
-from steps.lm.checkpoint import Dtype, load_model
+from steps.lm.checkpoint import Dtype
+from steps.lm.kept import Kept
 from steps.lm.tasks import EMPTY_THINKING, THINK_CLOSE, THINK_OPEN, Rollout, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from steps.frame.job import Job
 
 OPENED = f"{THINK_OPEN}\n"
 """What a prompt ends with where the model is to think (DeepSeek-R1's advice, https://arxiv.org/abs/2501.12948)."""
@@ -55,9 +51,24 @@ class Decoding(StepConfig):
     """Answers sampled at once; also what an interruption can cost. Give vLLM many."""
     backend: Literal["transformers", "vllm"] = "transformers"
     """vLLM needs a GPU and its own installation."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """GPUs that hold one copy of the model (vLLM only); each such group answers its share of the prompts."""
     dtype: Dtype = Field(default_factory=fast_dtype)
     """Precision of the model; unset, what this machine is fastest in."""
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _has_backend(self) -> Self:
+        if self.tensor_parallel > 1 and self.backend != "vllm":
+            raise ValueError(f"tensor_parallel: {self.tensor_parallel} needs `backend: vllm`")
+        return self
+
+    def check_resources(self, resources: Resources) -> None:
+        """Processes share the prompts; each group of `tensor_parallel` must be whole."""
+        if resources.local_processes % self.tensor_parallel:
+            raise ValueError(
+                f"tensor_parallel: {self.tensor_parallel} does not divide a node's {resources.local_processes} GPUs"
+            )
 
     @field_validator("thinking_end")
     @classmethod
@@ -125,6 +136,10 @@ class Engine(Protocol):
         """Continue each prompt by at most `new_tokens` tokens, its random numbers drawn by its key."""
         ...
 
+    def close(self) -> None:
+        """Give the model's memory back."""
+        ...
+
 
 def sample_answers(
     engine: Engine,
@@ -134,7 +149,7 @@ def sample_answers(
     *,
     samples: int = 1,
     thinking_tokens: int | None = None,
-    kept: Path | None = None,
+    kept: Kept | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[list[Rollout]]:
     """Sample answers to every task.
@@ -146,7 +161,8 @@ def sample_answers(
         decoding: how to sample.
         samples: answers a task.
         thinking_tokens: tokens after which the thinking is closed and the answer must follow; None for no limit.
-        kept: file to which every finished batch is written; what it holds already is not sampled again.
+        kept: where every finished batch is written; what it holds already is not sampled again, and what other
+            processes have to sample is waited for.
         progress: takes the number of answers done and of all.
 
     Returns:
@@ -154,16 +170,18 @@ def sample_answers(
     """
     asked = questions(tokenizer, tasks, decoding, samples, thinking_tokens)
     batches = [asked[start : start + decoding.batch_size] for start in range(0, len(asked), decoding.batch_size)]
+    kept = kept or Kept()
+
+    def report() -> None:
+        progress(sum(len(batches[index]) for index in kept.done), len(asked))
+
+    for index in kept.own(len(batches)):
+        kept.add(index, _answer(engine, tokenizer, batches[index], decoding, thinking_tokens))
+        report()
     found: dict[tuple[str, int], Rollout] = {}
-    done = _read_kept(kept)
-    for index, batch in enumerate(batches):
-        if index < len(done):
-            rollouts = [Rollout(question.task, *each) for question, each in zip(batch, done[index], strict=True)]
-        else:
-            rollouts = _answer(engine, tokenizer, batch, decoding, thinking_tokens)
-            _keep(kept, rollouts)
-        found |= {(each.task.id, each.number): rollout for each, rollout in zip(batch, rollouts, strict=True)}
-        progress(len(found), len(asked))
+    for batch, written in zip(batches, kept.all(len(batches), report), strict=True):
+        for question, each in zip(batch, written, strict=True):
+            found[question.task.id, question.number] = Rollout(question.task, *each)
     return [[found[task.id, number] for number in range(samples)] for task in tasks]
 
 
@@ -234,64 +252,6 @@ def text_of(tokenizer: "PreTrainedTokenizerFast", ids: Sequence[int]) -> str:
     return str(tokenizer.decode(kept, clean_up_tokenization_spaces=False))
 
 
-def _read_kept(file: Path | None) -> list[list[tuple[str, int, bool]]]:
-    """Return the batches that an earlier attempt finished; what a kill left half written is cut off."""
-    if file is None or not file.exists():
-        return []
-    *whole, half = file.read_text(encoding="utf-8").split("\n")
-    if half:
-        file.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
-    return [[tuple(each) for each in json.loads(line)] for line in whole]
-
-
-def _keep(file: Path | None, rollouts: Sequence[Rollout]) -> None:
-    if file is not None:
-        with file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps([(each.text, each.tokens, each.truncated) for each in rollouts]) + "\n")
-
-
 def random_seed(key: str) -> int:
     """Return the seed that a key stands for, below 2^63."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) >> 1
-
-
-def open_engine(
-    model: Model, adapter: Adapter | None, tokenizer: "PreTrainedTokenizerFast", decoding: Decoding, job: "Job"
-) -> Engine:
-    """Load a model, with an adapter where one is given, for sampling.
-
-    Raises:
-        UserError: the adapter was trained on another model, vLLM is asked for and not there, or several processes
-            share the step.
-    """
-    if job.resources.world > 1:
-        raise UserError(
-            f"step `{job.name}`: answers are sampled by one process, not {job.resources.world}; ask for one GPU at most"
-        )
-    if adapter is not None and adapter.facts.base != model.digest:
-        raise UserError(
-            f"step `{job.name}`: the adapter was trained on {adapter.facts.base[:12]}, not on {model.digest[:12]}; "
-            "give its own base"
-        )
-    if decoding.backend == "vllm":
-        from steps.lm.vllm_engine import VllmEngine
-
-        return VllmEngine(model, adapter, decoding)
-    from steps.lm.transformers_engine import TransformersEngine
-
-    return TransformersEngine(_loaded(model, adapter, decoding.dtype), tokenizer, decoding, model.facts.stop_token_ids)
-
-
-def _loaded(model: Model, adapter: Adapter | None, dtype: Dtype) -> Any:
-    """Load a model, its base in 4 bits where the adapter was trained on such, on the GPU where there is one."""
-    import torch
-
-    from steps.lm.four_bit import load_four_bit
-
-    four_bit = adapter.facts.four_bit if adapter else None
-    loaded: Any = load_four_bit(model.path, dtype, four_bit) if four_bit else load_model(model.path, dtype)
-    if adapter is not None:
-        from peft import PeftModel
-
-        loaded = PeftModel.from_pretrained(loaded, str(adapter.path))
-    return loaded.to("cuda" if torch.cuda.is_available() else "cpu")

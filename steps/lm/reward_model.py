@@ -33,12 +33,12 @@ class RewardScorer:
             path: directory of a RewardModel.
             batch_size: answers at once.
         """
-        import torch
+        from steps.lm.device import own_device
 
         self.batch_size = batch_size
         self.tokenizer = load_tokenizer(path)
         self.model = load_reward_model(path)
-        self.model.eval().to("cuda" if torch.cuda.is_available() else "cpu")  # pyright: ignore[reportArgumentType]
+        self.model.eval().to(own_device())  # pyright: ignore[reportArgumentType]
         self.step_separator: str | None = getattr(self.model.config, "step_separator", None)
         self._stops = stop_token_ids(path)
 

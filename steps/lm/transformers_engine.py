@@ -64,6 +64,13 @@ class TransformersEngine:
             )
         return [self._cut(row) for row in out[:, longest:].tolist()]
 
+    def close(self) -> None:
+        """Let go of the model."""
+        import torch
+
+        del self.model
+        torch.cuda.empty_cache()
+
     def _config(self, new_tokens: int) -> Any:
         from transformers import GenerationConfig
 

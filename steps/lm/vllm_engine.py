@@ -1,5 +1,6 @@
 """Answers by vLLM's offline engine (https://docs.vllm.ai/en/latest/serving/offline_inference/); needs a GPU."""
 
+import gc
 import importlib
 from collections.abc import Sequence
 from typing import Any
@@ -48,6 +49,7 @@ class VllmEngine:
             # Only what is asked for, never the checkpoint's own sampling settings.
             generation_config="vllm",
             enable_prefix_caching=True,
+            tensor_parallel_size=decoding.tensor_parallel,
             **lora,
         )
 
@@ -58,6 +60,11 @@ class VllmEngine:
         outputs = self.llm.generate(asked, how, lora_request=self.lora, use_tqdm=False) if asked else []
         first = [output.outputs[0] for output in outputs]
         return [Continuation(list(each.token_ids), each.finish_reason == "stop") for each in first]
+
+    def close(self) -> None:
+        """End the engine's own processes, which hold the GPU's memory."""
+        del self.llm
+        gc.collect()
 
     def _parameters(self, key: str, new_tokens: int) -> Any:
         how = self.decoding

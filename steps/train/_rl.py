@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from steps.artifacts import Dataset, Draft, Model, RewardModel
-from steps.frame import Input, Job, UserError
+from steps.frame import Input, Job, Resources, UserError
 from steps.lm.checkpoint import load_tokenizer
 from steps.lm.tasks import Task, read_tasks
 from steps.train._adapters import trainable_model, trained_draft
@@ -116,6 +116,17 @@ class RlTraining(Training):
         if self.sync_reference and not self.kl:
             raise ValueError("sync_reference: there is no reference without `kl`; set it above 0")
         return self
+
+    def check_resources(self, resources: Resources) -> None:
+        """As any training; a colocated engine's group must be whole."""
+        super().check_resources(resources)
+        if not isinstance(self.rollouts, VllmRollouts):
+            return
+        if not resources.gpus:
+            raise ValueError("rollouts: vLLM needs a GPU; ask for one with `resources: {gpus: 1}`")
+        group = self.rollouts.tensor_parallel
+        if self.rollouts.mode == "colocate" and resources.world % group:
+            raise ValueError(f"rollouts.tensor_parallel: {group} does not divide {resources.world} GPUs")
 
     @property
     def window(self) -> int:

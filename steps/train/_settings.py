@@ -1,16 +1,15 @@
 """What every trainer has in common: the model, what of it is trained, and how the optimizer runs."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from steps.artifacts import Adapter, Artifact, Model
-from steps.frame import Input, StepConfig, UserError
+from steps.frame import Input, Resources, StepConfig
 from steps.frame.hardware import fast_dtype
 from steps.lm.checkpoint import Dtype
 from steps.train._adapters import AdapterMethod, Full, Lora, Oft
-from steps.train._divided import by_deepspeed, is_divided
 
 PRELOAD = ("torch", "transformers", "datasets", "peft", "trl.trainer.sft_trainer")
 """Modules that every trainer needs."""
@@ -54,6 +53,8 @@ class Training(StepConfig):
     """A crash loses at most so many optimizer steps."""
     seed: int = 0
 
+    processes_shape_result: ClassVar[bool] = True
+
     @model_validator(mode="after")
     def _settings_agree(self) -> "Training":
         if self.final_rate and self.schedule != "cosine":
@@ -64,21 +65,23 @@ class Training(StepConfig):
             )
         return self
 
+    def check_resources(self, resources: Resources) -> None:
+        """Processes share the rows of an optimizer step, and divide the weights where `launch` says so."""
+        if self.optimizer == "muon" and resources.divided:
+            raise ValueError(
+                f"optimizer: Muon trains whole matrices, which `launch: {resources.launcher}` divides; use adamw, or "
+                "launch: ddp"
+            )
+
     def produced(self) -> type[Artifact]:
         """Kind of the output: it depends on what is trained."""
         return Model if isinstance(self.adapter, Full) else Adapter
 
 
 def common_arguments(config: Training, checkpoints: Path) -> dict[str, Any]:
-    """Translate the common settings into arguments of any of TRL's configs.
-
-    Raises:
-        UserError: the weights would be divided among processes in a way that they cannot be trained in.
-    """
+    """Translate the common settings into arguments of any of TRL's configs."""
     import torch
 
-    if config.optimizer == "muon" and (is_divided() or by_deepspeed()):
-        raise UserError("optimizer: Muon trains whole matrices, which this launch divides; use adamw, or launch: ddp")
     full = isinstance(config.adapter, Full)
     floor = {"min_lr_rate": config.final_rate} if config.final_rate else {}
     return {

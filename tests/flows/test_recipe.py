@@ -68,6 +68,37 @@ def test_unknown_step_kind(recipe: Build) -> None:
     assert "steps.sft.uses: unknown step kind `train.stf`; did you mean `train.sft`?" in message
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (
+            "adapter: sft}",
+            "adapter: sft, resources: {gpus: 2}}",
+            "steps.merged.resources: 2 processes cannot share this step; leave `processes` and `nodes` out",
+        ),
+        (
+            "max_steps: 4",
+            "optimizer: muon, resources: {gpus: 2, launch: zero2}",
+            "steps.sft.resources: optimizer: Muon trains whole matrices, which `launch: zero2` divides; use adamw",
+        ),
+        (
+            "  merged:",
+            "  some: {uses: data.sample, model: base, data: data.train, backend: vllm, tensor_parallel: 4,"
+            " resources: {gpus: 6}}\n  merged:",
+            "steps.some.resources: tensor_parallel: 4 does not divide a node's 6 GPUs",
+        ),
+        (
+            "  merged:",
+            "  rl: {uses: train.grpo, model: base, data: data.train, rewards: [{kind: exact}],"
+            " rollouts: {kind: vllm}}\n  merged:",
+            "steps.rl.resources: rollouts: vLLM needs a GPU; ask for one with `resources: {gpus: 1}`",
+        ),
+    ],
+)
+def test_resources_that_do_not_fit_the_settings(recipe: Build, old: str, new: str, said: str) -> None:
+    assert said in refusal(recipe, (old, new))
+
+
 def test_missing_input(recipe: Build) -> None:
     assert "steps.sft.model: this key is required" in refusal(recipe, ("model: base, data", "data"))
 

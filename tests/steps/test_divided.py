@@ -12,12 +12,10 @@ import pytest
 from safetensors.torch import load_file
 
 from steps.artifacts import Dataset, DatasetFacts
-from steps.frame import Resources, UserError
+from steps.frame import Resources
 from steps.frame.config import Launch
 from steps.frame.launch import Launcher
 from steps.lm.rows import read_jsonl
-from steps.train._settings import common_arguments
-from steps.train.sft import TrainSft
 from tests.conftest import Bench
 from tests.steps.conftest import curve, publish, sort_row
 
@@ -123,11 +121,3 @@ def test_the_best_of_divided_weights_is_given_out(
     )[""]
     found = [row["samples"][0]["score"] for row in read_jsonl(samples.rows_file)]
     assert sum(found) / len(found) == pytest.approx(max(scores.values()), abs=0.02)
-
-
-@pytest.mark.parametrize("by", ["FSDP", "DEEPSPEED"])
-def test_muon_cannot_train_divided_matrices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, by: str) -> None:
-    monkeypatch.setenv(f"ACCELERATE_USE_{by}", "true")
-    config = TrainSft.model_validate({"model": "base", "data": "data.train", "optimizer": "muon"})
-    with pytest.raises(UserError, match="Muon trains whole matrices, which this launch divides"):
-        common_arguments(config, tmp_path)

@@ -11,15 +11,18 @@ import pytest
 from scipy.stats import chisquare
 
 from steps.artifacts import Samples, SamplesFacts
+from steps.frame import Resources
 from steps.lm.chat import token_ids
 from steps.lm.checkpoint import load_model, load_tokenizer
 from steps.lm.generate import Decoding, questions, sample_answers, text_of
 from steps.lm.rows import read_jsonl
+from steps.lm.sampler import share
 from steps.lm.tasks import EMPTY_THINKING, Task, read_tasks
 from steps.lm.transformers_engine import TransformersEngine
 from tests.conftest import Bench
 from tests.steps.conftest import better, publish, solved, sort_row
 
+TWO = Resources(processes=2, cpus=2)
 SETTINGS = {"samples": 4, "max_new_tokens": 8, "rewards": [{"kind": "exact"}], "dtype": "float32", "seed": 11}
 
 
@@ -102,18 +105,49 @@ def test_samples_repeat_and_resume_to_the_same_bytes(
     assert second.run("data.sample", inputs, **settings)[""].digest == undisturbed.digest
     # As a kill leaves it: two batches of five done, the third half written.
     place = f"work/{undisturbed.manifest.key[:16]}/scratch"
-    kept = (first.root / place / "answers.jsonl").read_text()
+    kept = (first.root / place / "answers/0.jsonl").read_text()
     assert kept.count("\n") == 5
     lines = kept.splitlines(keepends=True)
-    (disturbed.root / place).mkdir(parents=True)
-    (disturbed.root / place / "answers.jsonl").write_text("".join(lines[:2]) + lines[2][:30])
+    (disturbed.root / place / "answers").mkdir(parents=True)
+    (disturbed.root / place / "answers/0.jsonl").write_text("".join(lines[:2]) + lines[2][:30])
     assert disturbed.run("data.sample", inputs, **settings)[""].digest == undisturbed.digest
     # And what is kept is not sampled again.
     spoilt = fresh()
-    (spoilt.root / place).mkdir(parents=True)
-    (spoilt.root / place / "answers.jsonl").write_text(re.sub(r'"[\d ]+"', '"kept"', lines[0]))
+    (spoilt.root / place / "answers").mkdir(parents=True)
+    (spoilt.root / place / "answers/0.jsonl").write_text(re.sub(r'"[\d ]+"', '"kept"', lines[0]))
     found = answers(spoilt.run("data.sample", inputs, **settings)[""])
     assert sum(text == "kept" for texts in found.values() for text in texts) > 16
+
+
+def test_two_processes_give_the_bytes_of_one(sorting: Any, sorting_model: Any, fresh: Callable[[], Bench]) -> None:
+    inputs = {"model": sorting_model, "data": sorting["train"]}
+    settings = {**SETTINGS, "rows": 40, "batch_size": 32}
+    alone, shared, disturbed = fresh(), fresh(), fresh()
+    one = alone.run("data.sample", inputs, **settings, resources=Resources(cpus=1))[""]
+    two = shared.run("data.sample", inputs, **settings, resources=TWO)[""]
+    assert two.digest == one.digest
+    # Each wrote every other batch; after a kill either goes on with its own.
+    scratch = f"work/{one.manifest.key[:16]}/scratch/answers"
+    written = {part: (shared.root / scratch / f"{part}.jsonl").read_text().splitlines(True) for part in (0, 1)}
+    assert [json.loads(line)[0] for line in written[0] + written[1]] == [0, 2, 4, 1, 3]
+    (disturbed.root / scratch).mkdir(parents=True)
+    (disturbed.root / scratch / "0.jsonl").write_text(written[0][0] + written[0][1][:20])
+    (disturbed.root / scratch / "1.jsonl").write_text(written[1][0][:40])
+    assert disturbed.run("data.sample", inputs, **settings, resources=TWO)[""].digest == one.digest
+
+
+def test_a_group_of_gpus_answers_as_one() -> None:
+    """Of eight GPUs that hold a model in pairs, every other process answers."""
+
+    class Eight:
+        resources = Resources(gpus=4, nodes=2)
+
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+
+    decoding = Decoding(backend="vllm", tensor_parallel=2)
+    parts = [share(decoding, Eight(rank)) for rank in range(8)]  # pyright: ignore[reportArgumentType]
+    assert parts == [(0, 4), (None, 4), (1, 4), (None, 4), (2, 4), (None, 4), (3, 4), (None, 4)]
 
 
 def test_an_answer_depends_on_its_own_task_and_number_alone(engine: Any, sorting: Any) -> None:
@@ -234,6 +268,7 @@ def test_an_adapter_is_sampled_with(bench: Bench, sorting: Any, sorting_model: A
     [
         ({"samples": 3, "temperature": 0}, "3 greedy answers are all the same"),
         ({"thinking_tokens": 8, "max_new_tokens": 8}, "thinking_tokens: 8 leaves nothing of max_new_tokens: 8"),
+        ({"tensor_parallel": 2}, "tensor_parallel: 2 needs `backend: vllm`"),
         ({"thinking_end": "well"}, "it must contain </think>"),
         ({"rewards": [{"kind": "exact"}, {"kind": "exact"}]}, "two rewards are called `exact`"),
     ],
@@ -348,5 +383,5 @@ def test_the_window_of_difficulty(bench: Bench, sampled: Samples) -> None:
 
 
 def test_kept_answers_are_plain_json(sampled: Samples, bench: Bench) -> None:
-    lines = (bench.root / "work" / sampled.manifest.key[:16] / "scratch" / "answers.jsonl").read_text().splitlines()
-    assert sum(len(json.loads(line)) for line in lines) == 1600
+    lines = (bench.root / "work" / sampled.manifest.key[:16] / "scratch/answers/0.jsonl").read_text().splitlines()
+    assert sum(len(written) for _, written in map(json.loads, lines)) == 1600

@@ -56,12 +56,10 @@ class _Judge:
     """A causal language model that answers by yes or no."""
 
     def __init__(self, artifact: Model) -> None:
-        import torch
-
         from steps.lm.checkpoint import load_model, load_tokenizer
+        from steps.lm.device import own_device
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = load_model(artifact.path, fast_dtype()).to(device)  # pyright: ignore[reportArgumentType]
+        self._model = load_model(artifact.path, fast_dtype()).to(own_device())  # pyright: ignore[reportArgumentType]
         self._tokenizer = load_tokenizer(artifact.path)
 
     def probabilities(self, prompts: Sequence[str]) -> list[float]:

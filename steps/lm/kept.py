@@ -1,0 +1,82 @@
+"""Finished batches of answers on disk: a restart does not lose them, and processes that share a step exchange them.
+
+Which process answers a batch depends on its number alone, so that several give, together, the bytes of one.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from steps.lm.tasks import Rollout
+
+Written = tuple[str, int, bool]
+"""What is kept of an answer: text, tokens, whether it is truncated."""
+_LOOK_SECONDS = 0.2
+
+
+class Kept:
+    """The batches of one set of answers. Every process appends to a file of its own and reads those of all."""
+
+    def __init__(self, folder: Path | None = None, part: int | None = 0, parts: int = 1) -> None:
+        """Read what is there.
+
+        Args:
+            folder: where the files lie; None keeps everything in memory.
+            part: which share of the batches this process answers; None answers none.
+            parts: shares in all.
+        """
+        self.done: dict[int, list[Written]] = {}
+        """Batches that are finished, as far as this process knows, by number."""
+        self._folder, self._part, self._parts = folder, part, parts
+        self._read: dict[Path, int] = {}
+        self._own: Path | None = None
+        if folder is not None:
+            folder.mkdir(exist_ok=True)
+            if part is not None:
+                self._own = folder / f"{part}.jsonl"
+                _cut_half_line(self._own)
+            self._look()
+
+    def own(self, batches: int) -> Iterator[int]:
+        """Yield the numbers of the batches that this process has to answer."""
+        if self._part is not None:
+            yield from (index for index in range(self._part, batches, self._parts) if index not in self.done)
+
+    def add(self, index: int, rollouts: Sequence[Rollout]) -> None:
+        """Keep a finished batch, and look at what the others have finished."""
+        self.done[index] = [(each.text, each.tokens, each.truncated) for each in rollouts]
+        if self._own is not None:
+            with self._own.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps([index, self.done[index]]) + "\n")
+            self._look()
+
+    def all(self, batches: int, waiting: Callable[[], None] = lambda: None) -> list[list[Written]]:
+        """Return every batch, when the last process is done; `waiting` is called now and then until it is.
+
+        A process that dies takes the others with it (see `steps.frame.scale`), so that none waits for ever.
+        """
+        while len(self.done) < batches:
+            time.sleep(_LOOK_SECONDS)
+            self._look()
+            waiting()
+        return [self.done[index] for index in range(batches)]
+
+    def _look(self) -> None:
+        """Read what was added to the files; a line that is still being written waits for the next look."""
+        assert self._folder is not None
+        for file in self._folder.glob("*.jsonl"):
+            with file.open("rb") as stream:
+                stream.seek(self._read.get(file, 0))
+                text = stream.read()
+            whole = text[: text.rfind(b"\n") + 1]
+            self._read[file] = self._read.get(file, 0) + len(whole)
+            for line in whole.splitlines():
+                index, written = json.loads(line)
+                self.done[index] = [tuple(each) for each in written]
+
+
+def _cut_half_line(file: Path) -> None:
+    """Cut off what a kill left half written."""
+    if file.exists() and not (text := file.read_bytes()).endswith(b"\n"):
+        file.write_bytes(text[: text.rfind(b"\n") + 1])
