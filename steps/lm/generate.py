@@ -197,7 +197,7 @@ def questions(
     asked = []
     for task in tasks:
         text = render(tokenizer, task.prompt, prompt=True)
-        opens = text.rstrip().endswith(THINK_OPEN)
+        opens = bool(opened_thinking(text))
         if thinking is False:
             text = text.rstrip().removesuffix(THINK_OPEN) + EMPTY_THINKING if opens else text + EMPTY_THINKING
         elif thinking and not opens:
@@ -206,6 +206,11 @@ def questions(
         opened = OPENED if opens and thinking is not False else ""
         asked += [Question(task, number, ids, opened) for number in range(samples)]
     return sorted(asked, key=lambda each: (len(each.ids), each.task.id, each.number))
+
+
+def opened_thinking(prompt: str) -> str:
+    """Return what of the answer a prompt already holds: the tag that opens the thinking, where its template ends so."""
+    return OPENED if prompt.rstrip().endswith(THINK_OPEN) else ""
 
 
 def _answer(

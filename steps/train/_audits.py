@@ -7,26 +7,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from steps.frame import Job, UserError
+from steps.lm.chat import render
+from steps.lm.generate import opened_thinking, text_of
 from steps.lm.tasks import Rollout, Task
-from steps.train._stopping import StopCondition, Stopping
+from steps.train._stopping import LOGGED, StopCondition, Stopping
+from steps.train._together import together
 from steps.train.rewards import Scorer, total
 
 if TYPE_CHECKING:
     import torch
-    from transformers import TrainerCallback
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 HISTORY_NAME = "audits.jsonl"
-_KEPT = (
-    "entropy",
-    "kl",
-    "loss",
-    "grad_norm",
-    "learning_rate",
-    "clip_ratio/region_mean",
-    "cispo_clip_ratio",
-    "num_tokens",
-)
-"""What TRL logs that no audit measures itself."""
+_NONE = np.empty(0, np.float32)
 
 
 class RewardsEqual(UserError):
@@ -34,7 +27,10 @@ class RewardsEqual(UserError):
 
 
 class Audits:
-    """Judges every batch of rollouts for the trainer, and keeps what a person must see to trust the run."""
+    """Judges every batch of rollouts for the trainer, and keeps what a person must see to trust the run.
+
+    Processes that share the training each judge the answers to their own tasks; the audits are of all.
+    """
 
     def __init__(
         self,
@@ -59,16 +55,25 @@ class Audits:
         self._pending: dict[str, float] = {}
         self._ratios: list[np.ndarray[Any, Any]] = []
 
-    def rewards(self, tasks: Sequence[Task], stops: Sequence[int]) -> Callable[..., list[float]]:
-        """Return the reward function in the form that TRL calls."""
+    def rewards(
+        self, tasks: Sequence[Task], tokenizer: "PreTrainedTokenizerFast", stops: Sequence[int]
+    ) -> Callable[..., list[float]]:
+        """Return the reward function in the form that TRL calls, in each process with the answers to its own tasks."""
+        opened = opened_thinking(render(tokenizer, tasks[0].prompt, prompt=True))
 
-        def reward(completions: Any, completion_ids: Any, task: list[int], **_: Any) -> list[float]:
+        def reward(completion_ids: Any, task: list[int], **_: Any) -> list[float]:
             rollouts = [
-                Rollout(tasks[index], _text(completion), len(ids), not ids or ids[-1] not in stops)
-                for index, completion, ids in zip(task, completions, completion_ids, strict=True)
+                Rollout(tasks[index], opened + text_of(tokenizer, ids), len(ids), not ids or ids[-1] not in stops)
+                for index, ids in zip(task, completion_ids, strict=True)
             ]
-            sums, parts = total(self.scorers, rollouts)
-            self.saw_rollouts(rollouts, sums, parts)
+            sums: list[float] = []
+
+            def judged() -> dict[str, list[float]]:
+                totals, parts = total(self.scorers, rollouts)
+                sums.extend(totals)
+                return self._measured(rollouts, totals, parts)
+
+            self._saw(together(self.job, judged))
             return sums
 
         return reward
@@ -76,27 +81,44 @@ class Audits:
     def saw_rollouts(
         self, rollouts: Sequence[Rollout], sums: Sequence[float], parts: Mapping[str, Sequence[float]]
     ) -> None:
-        """Measure one batch of rollouts: answers in groups of `group_size`, their total and their single rewards."""
+        """Take one batch of rollouts: answers in groups of `group_size`, their total and their single rewards."""
+        self._saw([self._measured(rollouts, sums, parts)])
+
+    def _measured(
+        self, rollouts: Sequence[Rollout], sums: Sequence[float], parts: Mapping[str, Sequence[float]]
+    ) -> dict[str, list[float]]:
+        """Return what the audits need of each answer, by name."""
         known = parts.get(self.verifier.name)
-        right = np.asarray(known if known is not None else self.verifier(rollouts))
-        rewards = np.asarray(sums)
-        lengths = np.asarray([rollout.tokens for rollout in rollouts], float)
+        texts = [rollout.text for rollout in rollouts]
+        groups = [texts[start : start + self.group_size] for start in range(0, len(texts), self.group_size)]
+        return {
+            "reward": list(sums),
+            "right": list(known if known is not None else self.verifier(rollouts)),
+            "length": [float(rollout.tokens) for rollout in rollouts],
+            "truncated": [float(rollout.truncated) for rollout in rollouts],
+            "repetition": [repeated_share(text) for text in texts],
+            "distinct": [len(set(group)) / self.group_size for group in groups for _ in group],
+            **{f"reward/{name}": list(values) for name, values in parts.items()},
+        }
+
+    def _saw(self, tables: Sequence[Mapping[str, Sequence[float]]]) -> None:
+        """Measure one batch of rollouts, of which each process has brought its own answers."""
+        of = {name: np.concatenate([np.asarray(table[name], float) for table in tables]) for name in tables[0]}
+        rewards, lengths, verified = of["reward"], of["length"], of["right"] >= 0.5
         grouped = rewards.reshape(-1, self.group_size)
-        above = rewards > np.repeat(grouped.mean(1), self.group_size)
-        verified = right >= 0.5
-        answers = np.asarray([rollout.text for rollout in rollouts], object).reshape(-1, self.group_size)
+        advantage = rewards - np.repeat(grouped.mean(1), self.group_size)
         found = {
             "reward/total": rewards.mean(),
             "reward/std_in_group": grouped.std(1).mean(),
-            "accuracy": right.mean(),
+            "accuracy": of["right"].mean(),
             "length/mean": lengths.mean(),
-            "length/reward_correlation": _correlation(lengths, rewards - np.repeat(grouped.mean(1), self.group_size)),
-            "truncated": np.mean([rollout.truncated for rollout in rollouts]),
-            "repetition": np.mean([repeated_share(rollout.text) for rollout in rollouts]),
+            "length/reward_correlation": _correlation(lengths, advantage),
+            "truncated": of["truncated"].mean(),
+            "repetition": of["repetition"].mean(),
             "groups/zero_variance": np.mean(np.ptp(grouped, axis=1) < 1e-9),
-            "groups/distinct": np.mean([len(set(group)) / self.group_size for group in answers]),
-            "hacking/rewarded_wrong": np.mean(above & ~verified),
-            **{f"reward/{name}": np.mean(values) for name, values in parts.items()},
+            "groups/distinct": of["distinct"].mean(),
+            "hacking/rewarded_wrong": np.mean((advantage > 0) & ~verified),
+            **{name: values.mean() for name, values in of.items() if name.startswith("reward/")},
         }
         for name, which in (("right", verified), ("wrong", ~verified)):
             if which.any():
@@ -114,22 +136,23 @@ class Audits:
         Raises:
             RewardsEqual: for a whole epoch no group of answers differed in reward.
         """
-        values = {**self._pending, **{name: logged[name] for name in _KEPT if name in logged}}
-        if self._ratios:
-            ratios = np.concatenate(self._ratios)
+        values = {**self._pending, **{name: logged[name] for name in LOGGED if name in logged}}
+        ratios = np.concatenate([*together(self.job, lambda: np.concatenate([_NONE, *self._ratios]))])
+        if len(ratios):
             values |= {
                 "ratio/mean": float(ratios.mean()),
                 "ratio/p99": float(np.quantile(ratios, 0.99)),
                 "ratio/max": float(ratios.max()),
             }
-            self._ratios = []
+        self._ratios = []
         return self.record(step, values)
 
     def record(self, step: int, values: Mapping[str, float]) -> StopCondition | None:
         """Write values down by step; return the condition that now ends the training."""
         self.job.log_metrics(values, step=step)
-        with (self.job.scratch / HISTORY_NAME).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": step, **values}) + "\n")
+        if not self.job.rank:
+            with (self.job.scratch / HISTORY_NAME).open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"step": step, **values}) + "\n")
         if self.dead_steps >= self.epoch:
             raise RewardsEqual(
                 f"step `{self.job.name}`: for a whole epoch ({self.epoch} steps) all answers to a task were rewarded "
@@ -184,8 +207,3 @@ def _correlation(left: np.ndarray[Any, Any], right: np.ndarray[Any, Any]) -> flo
     if np.ptp(left) < 1e-9 or np.ptp(right) < 1e-9:
         return 0.0
     return float(np.corrcoef(left, right)[0, 1])
-
-
-def _text(completion: Any) -> str:
-    """Return the text of a completion; TRL gives a list of messages where the prompt was one."""
-    return completion if isinstance(completion, str) else "".join(message["content"] or "" for message in completion)

@@ -4,21 +4,22 @@ Imports transformers: use within a step only.
 """
 
 import json
-from collections.abc import Sequence
+import math
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from steps.frame import Job
-from steps.lm.tasks import Rollout, Task, read_tasks
+from steps.lm.chat import render, token_ids
+from steps.lm.generate import opened_thinking, text_of
+from steps.lm.tasks import Rollout, read_tasks
 from steps.train._audits import Audits
 from steps.train._divided import is_divided, whole_state
 from steps.train._online import end, random_state, set_random_state
 from steps.train._rl import RlTraining, best_folder
+from steps.train._together import together
 from steps.train.rewards import Scorer
 
 
@@ -73,19 +74,20 @@ class HeldOut(TrainerCallback):
         return best_folder(self.job) / "weights.safetensors"
 
     def _look(self, step: int, control: TrainerControl) -> None:
-        before = random_state()
         rollouts = self._answer()
-        set_random_state(before)
-        scores = self.verifier(rollouts)
-        # All processes must agree whether this is the best: the main one's score counts.
-        (score,) = broadcast_object_list([sum(scores) / len(scores)])
+
+        def judged() -> list[tuple[float, int]]:
+            return list(zip(self.verifier(rollouts), (one.tokens for one in rollouts), strict=True))
+
+        found = [each for part in together(self.job, judged) for each in part]
+        score = math.fsum(each for each, _ in found) / len(found)
         self.history = [each for each in self.history if each[0] < step]
         if not self.history or score > max(seen for _, seen in self.history):
             self._keep()
         self.history.append((step, score))
         if self.trainer.accelerator.is_main_process:
             (best_folder(self.job) / "history.json").write_text(json.dumps(self.history))
-        values = {"held_out": score, "held_out/tokens": sum(one.tokens for one in rollouts) / len(rollouts)}
+        values = {"held_out": score, "held_out/tokens": sum(tokens for _, tokens in found) / len(found)}
         end(self.audits.record(step, values), self.job, control)
 
     def _keep(self) -> None:
@@ -105,49 +107,20 @@ class HeldOut(TrainerCallback):
             self.history = [(int(step), float(score)) for step, score in json.loads(file.read_text())]
 
     def _answer(self) -> list[Rollout]:
-        from trl.models.utils import unwrap_model_for_generation
-
-        with (
-            unwrap_model_for_generation(self.trainer.model_wrapped, self.trainer.accelerator) as model,
-            torch.no_grad(),
-        ):
-            training = model.training
-            model.eval()
-            stops = self.config.model.facts.stop_token_ids
-            try:
-                return greedy_answers(model, self.tokenizer, self.tasks, self.config.max_new_tokens, stops)
-            finally:
-                model.train(training)
-
-
-def greedy_answers(
-    model: Any,
-    tokenizer: PreTrainedTokenizerFast,
-    tasks: Sequence[Task],
-    max_new_tokens: int,
-    stops: Sequence[int],
-    batch: int = 64,
-) -> list[Rollout]:
-    """Answer each task with the likeliest tokens."""
-    found = []
-    for start in range(0, len(tasks), batch):
-        part = tasks[start : start + batch]
-        encoded = tokenizer.apply_chat_template(
-            [list(task.prompt) for task in part],  # pyright: ignore[reportArgumentType]
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
-            padding=True,
-        ).to(model.device)  # pyright: ignore[reportAttributeAccessIssue]
-        out = model.generate(
-            **encoded,
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=list(stops),
-            pad_token_id=tokenizer.pad_token_id,
+        """Answer this process's share of the tasks, by whatever samples the rollouts."""
+        processes = self.job.resources.world
+        own = self.tasks[self.job.rank :: processes]
+        prompts = [render(self.tokenizer, task.prompt, prompt=True) for task in own]
+        ids = [token_ids(self.tokenizer, prompt) for prompt in prompts]
+        # All processes must ask alike often: those with a task less ask one twice.
+        ids += [token_ids(self.tokenizer, render(self.tokenizer, self.tasks[0].prompt, prompt=True))] * (
+            math.ceil(len(self.tasks) / processes) - len(own)
         )
-        for task, ids in zip(part, out[:, encoded["input_ids"].shape[1] :].tolist(), strict=True):
-            length = next((index + 1 for index, token in enumerate(ids) if token in stops), len(ids))
-            text = str(tokenizer.decode(ids[:length], skip_special_tokens=True))
-            found.append(Rollout(task, text, length, ids[length - 1] not in stops))
-    return found
+        before = random_state()
+        written = self.trainer.answer_greedily(ids)
+        set_random_state(before)
+        stops = self.config.model.facts.stop_token_ids
+        return [
+            Rollout(task, opened_thinking(prompt) + text_of(self.tokenizer, each), len(each), each[-1] not in stops)
+            for task, prompt, each in zip(own, prompts, written, strict=False)
+        ]

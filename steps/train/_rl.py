@@ -9,12 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from steps.artifacts import Dataset, Draft, Model, RewardModel
 from steps.frame import Input, Job, Resources, UserError
+from steps.frame.errors import did_you_mean
 from steps.lm.checkpoint import load_tokenizer
 from steps.lm.tasks import Task, read_tasks
 from steps.train._adapters import trainable_model, trained_draft
 from steps.train._checkpoints import checkpoints
 from steps.train._settings import Training, common_arguments
-from steps.train._stopping import StopCondition
+from steps.train._stopping import HELD_OUT, LOGGED, MEASURED, StopCondition
 from steps.train.rewards import Reward, Scorer
 
 if TYPE_CHECKING:
@@ -115,6 +116,18 @@ class RlTraining(Training):
             )
         if self.sync_reference and not self.kl:
             raise ValueError("sync_reference: there is no reference without `kl`; set it above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _conditions(self) -> "RlTraining":
+        known = {*LOGGED, *MEASURED, *HELD_OUT, *(f"reward/{reward.label}" for reward in self.rewards)}
+        for metric in (condition.metric for condition in self.stop_when):
+            if metric in HELD_OUT and self.eval is None:
+                raise ValueError(f"stop_when: `{metric}` is measured on held-out tasks; name them as `eval:`")
+            if metric not in {*known, *HELD_OUT}:
+                raise ValueError(
+                    f"stop_when: no metric is called `{metric}`{did_you_mean(metric, {*known, *HELD_OUT})}"
+                )
         return self
 
     def check_resources(self, resources: Resources) -> None:
@@ -251,7 +264,7 @@ def train_on_rollouts(config: RlTraining, job: Job, trainer_class: Any, make_arg
     model = trainable_model(config.model, config.adapter, config.dtype)
     trainer = audited(trainer_class, audits)(
         model=model,
-        reward_funcs=audits.rewards(tasks, config.model.facts.stop_token_ids),
+        reward_funcs=audits.rewards(tasks, tokenizer, config.model.facts.stop_token_ids),
         args=make_arguments(**rl_arguments(config, job, steps)),
         train_dataset=task_order(config, tasks, steps, processes),
         processing_class=tokenizer,

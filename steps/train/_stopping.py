@@ -5,6 +5,38 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+LOGGED = (
+    "entropy",
+    "kl",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "clip_ratio/region_mean",
+    "cispo_clip_ratio",
+    "num_tokens",
+)
+"""What of the trainer's own log goes into the audits."""
+MEASURED = (
+    "reward/total",
+    "reward/std_in_group",
+    "accuracy",
+    "length/mean",
+    "length/right",
+    "length/wrong",
+    "length/reward_correlation",
+    "truncated",
+    "repetition",
+    "groups/zero_variance",
+    "groups/distinct",
+    "hacking/rewarded_wrong",
+    "ratio/mean",
+    "ratio/p99",
+    "ratio/max",
+)
+"""What the audits measure themselves, beside `reward/NAME` for each reward."""
+HELD_OUT = ("held_out", "held_out/tokens")
+"""What is measured on held-out tasks."""
+
 
 class StopCondition(BaseModel):
     """End training once a metric has been beyond a bound for some steps in a row.

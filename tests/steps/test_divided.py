@@ -121,3 +121,26 @@ def test_the_best_of_divided_weights_is_given_out(
     )[""]
     found = [row["samples"][0]["score"] for row in read_jsonl(samples.rows_file)]
     assert sum(found) / len(found) == pytest.approx(max(scores.values()), abs=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.recipes
+@pytest.mark.parametrize("launch", ["fsdp2", "zero3"])
+def test_a_process_whose_answers_end_early_goes_on_with_the_others(
+    dividing: Bench, sorting: Any, sorting_model: Any, launch: Launch
+) -> None:
+    """A trained model's answers end at different lengths; layers that are divided must be gathered by all alike."""
+    resources = Resources(gpus=2, cpus=2, launch=launch, timeout_minutes=2)
+    policy = dividing.run(
+        "train.grpo",
+        {"model": sorting_model, "data": sorting["train"]},
+        rewards=[{"kind": "exact"}],
+        group_size=2,
+        batch_size=2,
+        max_new_tokens=16,
+        temperature=3.0,
+        **{**SFT, "max_steps": 6, "epochs": 1},
+        resources=resources,
+    )[""]
+    assert len(curve(dividing, policy, "accuracy")) == 6
+    assert len(set(curve(dividing, policy, "length/mean").values())) > 1

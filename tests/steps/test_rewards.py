@@ -115,11 +115,6 @@ def test_think_format(text: str, score: float) -> None:
     assert scores({"kind": "think_format"}, rollout(text)) == [score]
 
 
-def test_think_format_that_the_template_opened() -> None:
-    answers = [rollout("six</think> 42"), rollout("<think>six</think> 42")]
-    assert scores({"kind": "think_format", "prefilled": True}, *answers) == [1, 0]
-
-
 def test_pattern() -> None:
     settings = {"kind": "pattern", "expression": r"answer: \d+"}
     assert scores(settings, rollout("<think>x</think>answer: 3"), rollout("the answer: 3")) == [1, 0]

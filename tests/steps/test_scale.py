@@ -70,6 +70,38 @@ def test_two_processes_ask_twice_the_tasks_in_a_step(bench: Bench, inputs: dict[
 
 
 @pytest.mark.slow
+def test_audits_are_of_all_answers_and_a_condition_ends_all_processes(bench: Bench, inputs: dict[str, Any]) -> None:
+    """The reward counts its calls in each process: 0, 2, 4, ... in the first, 1, 3, 5, ... in the second."""
+    settings = {**SETTINGS, "epochs": 1, "batch_size": 8, "group_size": 4, "max_new_tokens": 6}
+    source = """
+import os
+calls = 0
+def score(rollouts):
+    global calls
+    calls += 1
+    rank = int(os.environ["RANK"])
+    if calls == 4 and {fails} == rank:
+        raise ValueError("no idea")
+    return [2.0 * calls + rank] * len(rollouts)
+"""
+    file = bench.root / "per_process.py"
+    file.write_text(source.format(fails="-1"))
+    reward = {"kind": "user", "path": f"{file}:score"}
+    condition = {"metric": "reward/total", "above": 6.4}
+    policy = bench.run("train.grpo", inputs, rewards=[reward], resources=TWO, **settings, stop_when=[condition])[""]
+    assert curve(bench, policy, "reward/total") == {1: 2.5, 2: 4.5, 3: 6.5}
+    work = bench.root / "work" / policy.manifest.key[:16]
+    assert len((work / "scratch" / "audits.jsonl").read_text().splitlines()) == 3
+    # Refused by the second process alone, at the fourth batch: both stop, with a checkpoint of the third step.
+    file.write_text(source.format(fails="1"))
+    spec = bench.spec("train.grpo", inputs, rewards=[reward], resources=TWO, **settings)
+    result = bench.launcher.run(spec)
+    assert result.status == "refused"
+    assert "no idea" in result.message
+    assert (spec.work / "scratch" / "checkpoints" / "checkpoint-3" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
 def test_the_main_process_speaks_for_all(bench: Bench, shared: Any) -> None:
     work = bench.root / "work" / shared.manifest.key[:16]
     assert (work / "log.txt").read_text().count("begins: sft (train.sft)") == 1

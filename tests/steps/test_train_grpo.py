@@ -1,5 +1,6 @@
 """Reinforcement learning learns, says what it does, stops when it should, and resumes to the same bytes."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from steps.frame.spec import StepSpec
 from steps.lm.tasks import Rollout, Task
 from steps.train._audits import Audits, RewardsEqual, repeated_share
 from steps.train._rl import task_order, total_steps
-from steps.train._stopping import StopCondition, Stopping
+from steps.train._stopping import LOGGED, MEASURED, StopCondition, Stopping
 from steps.train.grpo import TrainGrpo
 from steps.train.rewards import REWARDS, Scorer, total
 from tests.conftest import Bench
@@ -212,6 +213,21 @@ def test_stop_conditions_count_in_a_row() -> None:
     assert [bool(stopping.check({"entropy": value})) for value in (0.05, 0.2, 0.05, 0.01)] == [False] * 3 + [True]
 
 
+@pytest.mark.parametrize(
+    ("metric", "said"),
+    [
+        ("entropie", "no metric is called `entropie`; did you mean `entropy`?"),
+        ("reward/lenght", "no metric is called `reward/lenght`; did you mean `reward/length`?"),
+        ("held_out", "`held_out` is measured on held-out tasks; name them as `eval:`"),
+    ],
+)
+def test_a_condition_on_what_is_never_measured_is_refused(metric: str, said: str) -> None:
+    settings = {"model": "base", "data": "data", "rewards": [{"kind": "exact"}, {"kind": "length", "target": 3}]}
+    TrainGrpo.model_validate({**settings, "stop_when": [{"metric": "reward/length", "above": 1}]})
+    with pytest.raises(ValueError, match=re.escape(said)):
+        TrainGrpo.model_validate({**settings, "stop_when": [{"metric": metric, "above": 1}]})
+
+
 def rollout(text: str, tokens: int = 1) -> Rollout:
     return Rollout(Task("t", ({"role": "user", "content": "?"},), "42", "test"), text, tokens)
 
@@ -260,6 +276,7 @@ def test_audits_tell_length_bias_hacking_and_dead_groups(tmp_path: Path) -> None
     audits.saw_rollouts(answers, sums, parts)
     audits.log(1, {"entropy": 0.5, "unrelated": 1.0})
     (row,) = audits.history()
+    assert {*row} <= {"step", *LOGGED, *MEASURED, "reward/exact", "reward/length"}
     assert row["accuracy"] == 0.25
     assert row["groups/zero_variance"] == 0.5
     assert row["groups/distinct"] == 0.75

@@ -32,16 +32,14 @@ def _is_schema(schema: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 @reward(reference="https://arxiv.org/abs/2501.12948")
-def think_format(rollouts: Sequence[Rollout], *, prefilled: bool = False) -> Sequence[float]:
+def think_format(rollouts: Sequence[Rollout]) -> Sequence[float]:
     """1 where the text is `<think>...</think>` once, then an answer; else 0.
 
-    Args:
-        rollouts: sampled answers.
-        prefilled: the chat template itself opens the thinking, so the text begins inside it.
+    A tag that the chat template itself writes at the end of the prompt counts as the answer's.
     """
 
     def well_formed(rollout: Rollout) -> bool:
-        text = (THINK_OPEN if prefilled else "") + rollout.text.strip()
+        text = rollout.text.strip()
         once = text.count(THINK_OPEN) == text.count(THINK_CLOSE) == 1
         return once and text.startswith(THINK_OPEN) and not rollout.truncated and bool(rollout.answer)
 
