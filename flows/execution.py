@@ -232,7 +232,7 @@ class Execution:
                 kind=node.kind.name,
                 key=step.key,
                 config=plain_config(node.kind, node.config),
-                libraries=node.kind.library_versions(),
+                libraries=node.kind.library_versions(node.config),
                 inputs=inputs,
                 outputs=dict(result.outputs),
                 metrics_file=work / METRICS_NAME,

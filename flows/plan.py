@@ -14,7 +14,7 @@ from registry.record import Recorder
 from steps.frame import UserError
 from steps.frame.config import sources_of
 from steps.frame.keys import step_key
-from steps.frame.kinds import modules_of
+from steps.frame.kinds import ABSENT, modules_of, version_of
 from steps.frame.scale import lacking
 from steps.frame.spec import RESULT_NAME, SPEC_NAME, StepResult
 from steps.sources import check, fingerprint
@@ -205,6 +205,10 @@ def _blocked(graph: Graph, step: PlannedStep, home: Home, root: Path) -> Planned
         return replace(
             step, status="blocked", reason=f"needs the environment {environment_python(environment).parents[1]}"
         )
+    absent = [name for name in step.node.config.packages if version_of(name) == ABSENT]
+    if absent:
+        said = graph.loaded.error(step.node.place, f"its settings need {absent[0]}, which is not installed")
+        return replace(step, status="blocked", reason=str(said))
     key, why = lacking(step.node.resources)
     if why:
         said = graph.loaded.error((*step.node.place, "resources", key), why)

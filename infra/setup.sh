@@ -22,6 +22,8 @@ pip=(.venv/bin/python -m pip --disable-pip-version-check --no-input --quiet)
 export CMAKE_ARGS="${CMAKE_ARGS:-} -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF"
 echo "installing $(grep -c '==' requirements.lock) packages into .venv (llama.cpp is compiled the first time: some minutes)"
 "${pip[@]}" install --no-deps -r requirements.lock
+# The lock holds what every machine needs. A build of torch for GPUs needs NVIDIA's libraries too, and says which.
+"${pip[@]}" install --constraint requirements.lock "$(grep '^torch==' requirements.lock)"
 "${pip[@]}" install --no-deps --no-build-isolation -e .
 "${pip[@]}" check
 

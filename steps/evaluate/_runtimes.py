@@ -103,7 +103,9 @@ class TransformersRuntime:
     ) -> None:
         from transformers import GenerationConfig
 
-        self._model: Any = model.eval()
+        from steps.lm.device import own_device
+
+        self._model: Any = model.eval().to(own_device())  # pyright: ignore[reportArgumentType]
         # A checkpoint may ask for sampling or penalties; the comparison is greedy and plain.
         self._model.generation_config = GenerationConfig()
         self._tokenizer: PreTrainedTokenizerFast = load_tokenizer(directory)
@@ -124,8 +126,9 @@ class TransformersRuntime:
         count = len(ids) - start
         trim = {"logits_to_keep": count} if self._trims else {}
         with torch.inference_mode(), _output_layer(self._model, self._precise_head):
-            found = self._model(input_ids=torch.tensor([list(ids)]), use_cache=False, **trim).logits
-        return found[0, -count:].float().numpy()
+            rows = torch.tensor([list(ids)], device=self._model.device)
+            found = self._model(input_ids=rows, use_cache=False, **trim).logits
+        return found[0, -count:].float().cpu().numpy()
 
     def generate(self, prompts: Sequence[list[int]], max_tokens: int) -> Generation:
         """See `Runtime`."""
@@ -150,8 +153,8 @@ class TransformersRuntime:
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         with torch.inference_mode():
             found = self._model.generate(
-                ids,
-                attention_mask=mask,
+                ids.to(self._model.device),
+                attention_mask=mask.to(self._model.device),
                 do_sample=False,
                 max_new_tokens=max_tokens,
                 eos_token_id=self._stops or None,
@@ -175,7 +178,7 @@ class TransformersRuntime:
 
             def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
                 self.times.append(time.perf_counter())
-                return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+                return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
         return Clock()
 

@@ -154,6 +154,15 @@ class StepConfig(BaseModel):
     processes_shape_result: ClassVar[bool] = False
     """Whether several processes give another result than one: then how many they are is part of the key."""
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Distributions that these settings need beside those that every step of the kind does.
+
+        They are not among the project's own: the plan blocks a step whose are not installed, and their versions enter
+        its key.
+        """
+        return ()
+
     def check_resources(self, resources: Resources) -> None:
         """Check that what the step is granted can run these settings; steps that processes can share say so here.
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from steps.frame.runner import run_step
-from steps.frame.scale import die_with_parent, paths, use_devices
+from steps.frame.scale import die_with_parent, launcher_environment, use_devices
 from steps.frame.spec import LOG_NAME, StepSpec
 
 
@@ -85,7 +85,7 @@ class ForkServer:
             use_devices(spec)
             if command or _has_touched_cuda():
                 command = command or [sys.executable]
-                os.environ.update(paths(spec.resources))
+                os.environ.update(launcher_environment(spec.resources))
                 os.execv(command[0], [*command, "-m", "steps", str(spec_path)])
             result = run_step(spec)
             code = {"finished": 0, "refused": 2, "failed": 1}[result.status]

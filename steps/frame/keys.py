@@ -35,7 +35,7 @@ def step_key(
         "config": plain_config(kind, config),
         "parents": {field: list(keys) for field, keys in parents.items()},
         "sources": dict(sources),
-        "libraries": kind.library_versions(),
+        "libraries": kind.library_versions(config),
         **({"processes": processes} if processes > 1 and config.processes_shape_result else {}),
     }
     return hashlib.sha256(canonical_json(content)).hexdigest()

@@ -19,6 +19,7 @@ from steps.frame.errors import UserError, did_you_mean
 
 C = TypeVar("C", bound=StepConfig)
 
+ABSENT = "absent"
 # Packages of `steps` that hold the frame and what step kinds share, not step kinds.
 _NOT_KINDS = {"artifacts", "frame", "sources", "lm"}
 
@@ -84,9 +85,9 @@ class StepKind:
         """First line of the config's docstring."""
         return (self.config.__doc__ or "").strip().splitlines()[0]
 
-    def library_versions(self) -> dict[str, str]:
-        """Installed versions of `libraries`, without importing them."""
-        return {name: _version(name) for name in self.libraries}
+    def library_versions(self, config: StepConfig) -> dict[str, str]:
+        """Installed versions of `libraries` and of what the config needs beside them, without importing them."""
+        return {name: version_of(name) for name in (*self.libraries, *config.packages)}
 
 
 _kinds: dict[str, StepKind] = {}
@@ -178,8 +179,9 @@ def kind_names() -> tuple[str, ...]:
 
 
 @cache
-def _version(distribution: str) -> str:
+def version_of(distribution: str) -> str:
+    """Return the version of a distribution as it is installed, ABSENT where it is not."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        return "absent"
+        return ABSENT

@@ -72,7 +72,7 @@ def _run(spec: StepSpec, rank: int) -> StepResult:
     drafts: Mapping[str, Draft] = {"": returned} if isinstance(returned, Draft) else returned
     _check_outputs(kind, config, drafts)
     store = Store(spec.store)
-    outputs = {name: _publish(spec, kind, name, draft, parents, store).digest for name, draft in drafts.items()}
+    outputs = {name: _publish(spec, kind, config, name, draft, parents, store).digest for name, draft in drafts.items()}
     own = ready - began + time.perf_counter() - done
     return StepResult(status="finished", outputs=outputs, metrics=job.last_metrics, load_seconds=own)
 
@@ -100,7 +100,13 @@ def _resolve(kind: StepKind, spec: StepSpec) -> tuple[StepConfig, dict[str, Pare
 
 
 def _publish(
-    spec: StepSpec, kind: StepKind, name: str, draft: Draft, parents: Mapping[str, Parent], store: Store
+    spec: StepSpec,
+    kind: StepKind,
+    config: StepConfig,
+    name: str,
+    draft: Draft,
+    parents: Mapping[str, Parent],
+    store: Store,
 ) -> Artifact[Any]:
     tree = digest_tree(draft.path)
     manifest = Manifest(
@@ -112,7 +118,7 @@ def _publish(
         output=name,
         key=spec.key,
         config=spec.config,
-        libraries=kind.library_versions(),
+        libraries=kind.library_versions(config),
         facts=draft.facts.as_plain(),
     )
     return store.publish(draft.path, manifest)

@@ -85,7 +85,7 @@ def lacking(resources: Resources) -> tuple[str, str]:
     return "", ""
 
 
-def paths(resources: Resources) -> dict[str, str]:
+def launcher_environment(resources: Resources) -> dict[str, str]:
     """Return what a launcher's environment needs beyond that of other steps, if DeepSpeed shares the work.
 
     It lies beside the other packages, not among them: accelerate imports it, where it finds it, whenever a trained
@@ -218,6 +218,6 @@ def join(work: Path) -> None:
             command = [*launch_command(spec.resources, node=node), "-m", "steps", str(marker.with_name(SPEC_NAME))]
             with (spec.work / f"log.{node}.txt").open("ab") as log:
                 options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "preexec_fn": die_with_parent}
-                end = subprocess.run(command, env=environment() | paths(spec.resources), **options)
+                end = subprocess.run(command, env=environment() | launcher_environment(spec.resources), **options)
             print(f"{spec.name}: ended with code {end.returncode}", flush=True)
         time.sleep(0.2)

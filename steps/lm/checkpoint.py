@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from steps.artifacts import ModelFacts, digest_file
 from steps.frame.errors import UserError
+from steps.lm.whole import loaded_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -115,9 +116,10 @@ def load_model(directory: Path, dtype: Dtype) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     check_safetensors(directory)
-    return AutoModelForCausalLM.from_pretrained(
-        directory, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
-    )
+    with loaded_whole():
+        return AutoModelForCausalLM.from_pretrained(
+            directory, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
+        )
 
 
 def save_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", directory: Path) -> None:

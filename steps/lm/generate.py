@@ -63,6 +63,11 @@ class Decoding(StepConfig):
             raise ValueError(f"tensor_parallel: {self.tensor_parallel} needs `backend: vllm`")
         return self
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """The backend, where it is one of its own."""
+        return ("vllm",) if self.backend == "vllm" else ()
+
     def check_resources(self, resources: Resources) -> None:
         """Processes share the prompts; each group of `tensor_parallel` must be whole."""
         if resources.local_processes % self.tensor_parallel:

@@ -15,6 +15,7 @@ from steps.frame.errors import UserError
 from steps.lm.chat import Message, conversation, render
 from steps.lm.checkpoint import check_safetensors, load_tokenizer, stop_token_ids
 from steps.lm.tasks import Rollout
+from steps.lm.whole import loaded_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -169,9 +170,10 @@ def load_reward_model(directory: Path) -> "PreTrainedModel":
 
     check_safetensors(directory)
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    model = _auto_class(hasattr(config, "step_separator")).from_pretrained(
-        directory, dtype="auto", use_safetensors=True, trust_remote_code=False
-    )
+    with loaded_whole():
+        model = _auto_class(hasattr(config, "step_separator")).from_pretrained(
+            directory, dtype="auto", use_safetensors=True, trust_remote_code=False
+        )
     return _with_exact_head(model)
 
 
@@ -195,8 +197,10 @@ def _with_exact_head(model: "PreTrainedModel") -> "PreTrainedModel":
         """A linear layer in float32, whatever precision surrounds it."""
 
         def forward(self, input: "Tensor") -> "Tensor":
+            # What divides the weights among processes may hand them over in another precision than they are kept in.
+            bias = None if self.bias is None else self.bias.float()
             with torch.autocast(input.device.type, enabled=False):
-                return super().forward(input.float())
+                return nn.functional.linear(input.float(), self.weight.float(), bias)
 
     name = head_name(model)
     old = getattr(model, name)

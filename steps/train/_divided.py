@@ -4,6 +4,8 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from steps.lm.whole import by_deepspeed, loaded_whole
+
 if TYPE_CHECKING:
     import torch
     from transformers import Trainer
@@ -16,11 +18,6 @@ def is_divided() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP") == "true" or (
         by_deepspeed() and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
     )
-
-
-def by_deepspeed() -> bool:
-    """Whether DeepSpeed divides something among the processes of this step, if only the optimizer's state."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 
 
 def whole_state(trainer: "Trainer") -> "dict[str, torch.Tensor]":
@@ -44,12 +41,8 @@ def whole_model(trainer: "Trainer", model: M, fresh: Callable[[], M]) -> M:
     state = whole_state(trainer)
     if not trainer.accelerator.is_main_process:
         return model
-    if by_deepspeed():
-        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-        # While it stands, every model that is loaded is divided at once.
-        unset_hf_deepspeed_config()
-    complete: Any = fresh()
+    with loaded_whole():
+        complete: Any = fresh()
     learned = {name: state[name] for name, parameter in complete.named_parameters() if parameter.requires_grad}
     complete.load_state_dict(learned, strict=False)
     return complete

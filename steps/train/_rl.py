@@ -1,7 +1,8 @@
 """What GRPO and RLOO have in common: rewards, rollouts, audits, held-out verification, and when to stop."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from steps.artifacts import Dataset, Draft, Model, RewardModel
 from steps.frame import Input, Job, Resources, UserError
 from steps.frame.errors import did_you_mean
+from steps.lm.chat import render, token_ids
 from steps.lm.checkpoint import load_tokenizer
 from steps.lm.tasks import Task, read_tasks
 from steps.train._adapters import trainable_model, trained_draft
@@ -20,7 +22,7 @@ from steps.train.rewards import Reward, Scorer
 
 if TYPE_CHECKING:
     from datasets import Dataset as Table
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
 class _Part(BaseModel):
@@ -45,7 +47,8 @@ class VllmRollouts(_Part):
     url: str | None = None
     """Address of the server."""
     importance_cap: float | None = 2.0
-    """Largest weight that corrects for vLLM's probabilities being other than the trainer's; null corrects nothing."""
+    """Largest weight of a token that corrects for vLLM's probabilities being other than the trainer's; null corrects
+    nothing. RLOO has no such weights."""
 
 
 class ReferenceSync(_Part):
@@ -130,6 +133,11 @@ class RlTraining(Training):
                 )
         return self
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """vLLM, where it samples in these processes."""
+        return ("vllm",) if isinstance(self.rollouts, VllmRollouts) else ()
+
     def check_resources(self, resources: Resources) -> None:
         """As any training; a colocated engine's group must be whole."""
         super().check_resources(resources)
@@ -151,8 +159,15 @@ class RlTraining(Training):
         return self.batch_size * self.accumulation * self.updates_per_rollout * processes // self.group_size
 
 
-def rl_arguments(config: RlTraining, job: Job, steps: int) -> dict[str, Any]:
-    """Translate the settings into the arguments that TRL's GRPO and RLOO configs share."""
+def rl_arguments(config: RlTraining, job: Job, steps: int, longest_prompt: int) -> dict[str, Any]:
+    """Translate the settings into the arguments that TRL's GRPO and RLOO configs share.
+
+    Args:
+        config: the step's settings.
+        job: its job.
+        steps: optimizer steps of the whole training.
+        longest_prompt: tokens of the longest prompt, held-out ones included.
+    """
     # A checkpoint within a batch of rollouts could not be resumed: the rest of the batch would be sampled anew.
     between = math.ceil(config.checkpoint_steps / config.window) * config.window
     arguments = {
@@ -187,8 +202,15 @@ def rl_arguments(config: RlTraining, job: Job, steps: int) -> dict[str, Any]:
             "vllm_gpu_memory_utilization": config.rollouts.gpu_memory,
             "vllm_tensor_parallel_size": config.rollouts.tensor_parallel,
             "vllm_server_base_url": config.rollouts.url,
+            # Else room is kept for the longest context that the model knows.
+            "vllm_max_model_length": longest_prompt + config.max_new_tokens,
         }
     return arguments
+
+
+def prompt_tokens(tokenizer: "PreTrainedTokenizerFast", tasks: Iterable[Task]) -> int:
+    """Return the length in tokens of the longest prompt."""
+    return max(len(token_ids(tokenizer, render(tokenizer, task.prompt, prompt=True))) for task in tasks)
 
 
 def read_training_tasks(config: RlTraining, job: Job) -> list[Task]:
@@ -262,10 +284,12 @@ def train_on_rollouts(config: RlTraining, job: Job, trainer_class: Any, make_arg
     epoch = steps_per_epoch(config, len(tasks), processes)
     audits = Audits(job, scorers, verifier, config.group_size, epoch, config.stop_when, config.window)
     model = trainable_model(config.model, config.adapter, config.dtype)
+    asked = chain(tasks, read_tasks(config.eval, config.eval_rows) if config.eval else ())
+    longest = prompt_tokens(tokenizer, asked) if isinstance(config.rollouts, VllmRollouts) else 0
     trainer = audited(trainer_class, audits)(
         model=model,
         reward_funcs=audits.rewards(tasks, tokenizer, config.model.facts.stop_token_ids),
-        args=make_arguments(**rl_arguments(config, job, steps)),
+        args=make_arguments(**rl_arguments(config, job, steps, longest)),
         train_dataset=task_order(config, tasks, steps, processes),
         processing_class=tokenizer,
         callbacks=[audits.callback(), Speed(job, rollout_cost(config, model))],

@@ -72,6 +72,10 @@ class Training(StepConfig):
                 f"optimizer: Muon trains whole matrices, which `launch: {resources.launcher}` divides; use adamw, or "
                 "launch: ddp"
             )
+        if self.optimizer == "adamw_8bit" and resources.world > 1 and resources.launcher == "fsdp2":
+            raise ValueError(
+                "optimizer: 8-bit AdamW cannot step weights that `launch: fsdp2` divides; use adamw, or launch: zero2"
+            )
 
     def produced(self) -> type[Artifact]:
         """Kind of the output: it depends on what is trained."""
@@ -99,9 +103,10 @@ def common_arguments(config: Training, checkpoints: Path) -> dict[str, Any]:
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "gradient_checkpointing": config.gradient_checkpointing,
-        # Adapters compute in their base's own precision; only full training needs autocast over float32 weights.
-        "bf16": full and config.dtype == "bfloat16",
-        "fp16": full and config.dtype == "float16",
+        # Trained weights are float32. On processors adapters compute so (they are small, and casting costs more); on
+        # GPUs they must not, and float16 needs its gradients scaled.
+        "bf16": (full or torch.cuda.is_available()) and config.dtype == "bfloat16",
+        "fp16": (full or torch.cuda.is_available()) and config.dtype == "float16",
         "save_strategy": "steps",
         "save_steps": config.checkpoint_steps,
         "save_total_limit": 1,

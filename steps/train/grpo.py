@@ -1,7 +1,7 @@
 """`train.grpo`: group-relative policy optimisation with TRL, in seven forms of its loss, with audits."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -71,8 +71,13 @@ def train_grpo(config: TrainGrpo, job: Job) -> Draft:
     from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
 
+    return train_on_rollouts(config, job, GRPOTrainer, lambda **common: GRPOConfig(**common, **grpo_arguments(config)))
+
+
+def grpo_arguments(config: TrainGrpo) -> dict[str, Any]:
+    """Translate the settings that GRPO has beside RLOO's into arguments of TRL's config."""
     form = _FORMS[config.loss]
-    arguments = {
+    arguments: dict[str, Any] = {
         "loss_type": form.loss_type,
         "importance_sampling_level": form.level,
         "epsilon": config.epsilon or form.epsilon,
@@ -84,5 +89,9 @@ def train_grpo(config: TrainGrpo, job: Job) -> Draft:
         cap = config.rollouts.importance_cap
         arguments["vllm_importance_sampling_correction"] = cap is not None
         if cap is not None:
-            arguments["vllm_importance_sampling_clip_max"] = cap
-    return train_on_rollouts(config, job, GRPOTrainer, lambda **common: GRPOConfig(**common, **arguments))
+            # TRL's own default drops whole answers whose tokens' weights multiply to more than the cap.
+            arguments |= {
+                "vllm_importance_sampling_mode": "token_truncate",
+                "vllm_importance_sampling_clip_max": cap,
+            }
+    return arguments

@@ -4,12 +4,14 @@ It stands where InstructGPT has PPO: TRL carries no PPO trainer any more, and on
 PPO without a value model (Ahmadian et al. 2024).
 """
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from steps.artifacts import Adapter, Draft, Model
 from steps.frame import Job, Resources, step
 from steps.train import rewards
-from steps.train._rl import RlTraining, train_on_rollouts
+from steps.train._rl import RlTraining, VllmRollouts, train_on_rollouts
 from steps.train._settings import LIBRARIES, PRELOAD
 
 
@@ -26,6 +28,12 @@ class TrainRloo(RlTraining):
     """Divide advantages by their standard deviation over the batch."""
     clip_rewards: tuple[float, float] | None = None
     """Lowest and highest reward."""
+
+    @model_validator(mode="after")
+    def _nothing_to_cap(self) -> Self:
+        if isinstance(self.rollouts, VllmRollouts) and "importance_cap" in self.rollouts.model_fields_set:
+            raise ValueError("rollouts.importance_cap: RLOO does not weigh tokens by importance; leave it out")
+        return self
 
 
 @step(

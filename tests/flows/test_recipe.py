@@ -82,6 +82,11 @@ def test_unknown_step_kind(recipe: Build) -> None:
             "steps.sft.resources: optimizer: Muon trains whole matrices, which `launch: zero2` divides; use adamw",
         ),
         (
+            "max_steps: 4",
+            "optimizer: adamw_8bit, resources: {gpus: 2, launch: fsdp2}",
+            "steps.sft.resources: optimizer: 8-bit AdamW cannot step weights that `launch: fsdp2` divides",
+        ),
+        (
             "  merged:",
             "  some: {uses: data.sample, model: base, data: data.train, backend: vllm, tensor_parallel: 4,"
             " resources: {gpus: 6}}\n  merged:",

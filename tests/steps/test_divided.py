@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from steps.artifacts import Dataset, DatasetFacts
+from steps.artifacts import Dataset, DatasetFacts, Preferences
 from steps.frame import Resources
 from steps.frame.config import Launch
 from steps.frame.launch import Launcher
 from steps.lm.rows import read_jsonl
 from tests.conftest import Bench
+from tests.steps.comparisons import comparison_rows, facts
 from tests.steps.conftest import curve, publish, sort_row
 
 SFT = {"dtype": "float32", "epochs": 2, "learning_rate": 1e-3, "seed": 3, "checkpoint_steps": 5}
@@ -121,6 +122,57 @@ def test_the_best_of_divided_weights_is_given_out(
     )[""]
     found = [row["samples"][0]["score"] for row in read_jsonl(samples.rows_file)]
     assert sum(found) / len(found) == pytest.approx(max(scores.values()), abs=0.02)
+
+
+@pytest.fixture(scope="module")
+def compared(bench: Bench, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The model, and preferences between right and wrong answers to the same tasks."""
+    rows = list(comparison_rows(inputs["data"]))
+    return {"model": inputs["model"], "data": publish(bench, Preferences, "compared-few", rows, facts(rows))}
+
+
+@pytest.mark.slow
+@pytest.mark.recipes
+@pytest.mark.parametrize("launch", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("kind", ["train.dpo", "train.kto", "train.orpo", "train.reward"])
+def test_other_divided_trainings_give_the_weights_of_one_process(
+    bench: Bench, dividing: Bench, compared: dict[str, Any], launch: Launch, kind: str
+) -> None:
+    settings = {**SFT, "epochs": 1, "adapter": {"kind": "full"}}
+    alone = bench.run(kind, compared, batch_size=8, **settings)[""]
+    shared = dividing.run(kind, compared, batch_size=4, resources=two(launch), **settings)[""]
+    assert_same(alone, shared)
+
+
+@pytest.mark.slow
+@pytest.mark.recipes
+def test_a_reward_model_in_bfloat16_is_divided_too(bench: Bench, dividing: Bench, compared: dict[str, Any]) -> None:
+    """Its head computes in float32, whatever it is handed."""
+    settings = {**SFT, "epochs": 1, "adapter": {"kind": "full"}, "dtype": "bfloat16"}
+    alone = bench.run("train.reward", compared, batch_size=8, **settings)[""]
+    shared = dividing.run("train.reward", compared, batch_size=4, resources=two("fsdp2"), **settings)[""]
+    assert curve(dividing, shared, "loss") == pytest.approx(curve(bench, alone, "loss"), abs=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.recipes
+@pytest.mark.parametrize("launch", ["fsdp2", "zero3"])
+def test_what_is_only_asked_is_loaded_whole(
+    bench: Bench, dividing: Bench, inputs: dict[str, Any], compared: dict[str, Any], launch: Launch
+) -> None:
+    settings = {**SFT, "epochs": 1, "adapter": {"kind": "full"}}
+    judge = bench.run("train.reward", compared, batch_size=8, **settings)[""]
+    policy = dividing.run(
+        "train.grpo",
+        {**inputs, "reward_model": judge},
+        rewards=[{"kind": "reward_model"}],
+        group_size=4,
+        batch_size=8,
+        max_new_tokens=6,
+        resources=two(launch),
+        **{**settings, "max_steps": 2},
+    )[""]
+    assert len(set(curve(dividing, policy, "reward/reward_model").values())) == 2
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Several processes share a step: the same losses as one, one voice, no orphans, and a plan that knows the machine."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -21,7 +22,16 @@ from steps.artifacts import Dataset, DatasetFacts
 from steps.frame import Resources, UserError
 from steps.frame.config import Launch
 from steps.frame.hardware import gpus
-from steps.frame.scale import DEEPSPEED, busy_cores, environment, join, lacking, launch_command, paths, threads
+from steps.frame.scale import (
+    DEEPSPEED,
+    busy_cores,
+    environment,
+    join,
+    lacking,
+    launch_command,
+    launcher_environment,
+    threads,
+)
 from tests.conftest import Bench
 from tests.steps.conftest import curve, publish
 
@@ -188,12 +198,30 @@ def test_resources_that_contradict_each_other_are_refused(values: dict[str, Any]
         Resources.model_validate(values)
 
 
+SAMPLING = """\
+name: large
+base: {uses: model.pico}
+steps:
+  data: {uses: data.prepare, source: python-stdlib-docs}
+  one:
+    uses: data.sample
+    model: base
+    data: data.train
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_a_package_that_settings_need_is_missed_by_the_plan(write: Callable[[str, str], Path], tmp_path: Path) -> None:
+    path, home = write("large.yaml", SAMPLING + "    backend: vllm\n"), Home.at(tmp_path / "home")
+    (step,) = plan_recipe(str(path), (), thorough=False, home=home).blocked
+    assert step.reason.endswith("large.yaml:5: steps.one: its settings need vllm, which is not installed")
+
+
 def test_more_gpus_than_there_are_is_refused_by_the_plan(write: Callable[[str, str], Path], tmp_path: Path) -> None:
     asked = len(gpus()) + 1
-    text = f"name: large\nsteps:\n  one:\n    uses: model.pico\n    resources: {{gpus: {asked}}}\n"
-    path, home = write("large.yaml", text), Home.at(tmp_path / "home")
+    path, home = write("large.yaml", SAMPLING + f"    resources: {{gpus: {asked}}}\n"), Home.at(tmp_path / "home")
     (step,) = plan_recipe(str(path), (), thorough=False, home=home).blocked
-    assert f"large.yaml:5: steps.one.resources.gpus: {asked} GPU" in step.reason
+    assert f"large.yaml:9: steps.one.resources.gpus: {asked} GPU" in step.reason
     assert f"this machine has {len(gpus()) or 'none'}" in step.reason
     with pytest.raises(UserError, match=r"step `one` cannot run: .*asked for, this machine has"):
         prepare(str(path), (), home=home)
@@ -213,8 +241,12 @@ def test_several_nodes_need_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_only_launchers_of_deepspeed_see_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "mine")
-    assert paths(Resources(gpus=2, launch="fsdp2")) == paths(Resources(gpus=1, launch="zero3")) == {}
-    found = paths(Resources(gpus=2, launch="zero3"))
+    assert (
+        launcher_environment(Resources(gpus=2, launch="fsdp2"))
+        == launcher_environment(Resources(gpus=1, launch="zero3"))
+        == {}
+    )
+    found = launcher_environment(Resources(gpus=2, launch="zero3"))
     assert found["PYTHONPATH"].split(os.pathsep) == ["mine", str(DEEPSPEED)]
     assert (Path(found["PATH"].split(os.pathsep)[0]) / "ninja").exists()
     assert lacking(Resources(processes=2)) == ("", "")

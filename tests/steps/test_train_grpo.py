@@ -11,10 +11,11 @@ from steps.frame import Job, Resources
 from steps.frame.spec import StepSpec
 from steps.lm.tasks import Rollout, Task
 from steps.train._audits import Audits, RewardsEqual, repeated_share
-from steps.train._rl import task_order, total_steps
+from steps.train._rl import rl_arguments, task_order, total_steps
 from steps.train._stopping import LOGGED, MEASURED, StopCondition, Stopping
-from steps.train.grpo import TrainGrpo
+from steps.train.grpo import TrainGrpo, grpo_arguments
 from steps.train.rewards import REWARDS, Scorer, total
+from steps.train.rloo import TrainRloo
 from tests.conftest import Bench
 from tests.steps.conftest import better, curve, run_and_kill, solved
 
@@ -313,3 +314,33 @@ def test_an_epoch_asks_each_task_once_however_many_processes_share_it(processes:
     asked = list(task_order(config, tasks, steps, processes)["task"])
     assert sorted(asked[:32]) == sorted(asked[32:]) == list(range(32))
     assert asked[:32] != asked[32:]
+
+
+def vllm_job(tmp_path: Path) -> Job:
+    spec = {"name": "rl", "kind": "train.grpo", "key": "k", "config": {}, "inputs": {}}
+    places = dict.fromkeys(("work", "store", "cache"), tmp_path)
+    return Job(StepSpec.model_validate({**spec, **places, "resources": Resources(gpus=2)}))
+
+
+def test_vllm_rollouts_are_what_trl_is_told(tmp_path: Path) -> None:
+    """TRL's own configs take the arguments; what vLLM does with them needs a GPU."""
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.rloo_config import RLOOConfig
+
+    rollouts = {"kind": "vllm", "tensor_parallel": 2, "gpu_memory": 0.4, "importance_cap": 1.5}
+    settings = {"model": "base", "data": "data", "rewards": [{"kind": "exact"}], "max_new_tokens": 100}
+    config = TrainGrpo.model_validate({**settings, "rollouts": rollouts})
+    told = GRPOConfig(**rl_arguments(config, vllm_job(tmp_path), 10, 28), **grpo_arguments(config))
+    assert (told.use_vllm, told.vllm_mode, told.vllm_tensor_parallel_size) == (True, "colocate", 2)
+    assert (told.vllm_gpu_memory_utilization, told.vllm_max_model_length) == (0.4, 128)
+    # A token's weight is capped; by TRL's default a long answer would be dropped for the product of its tokens'.
+    assert told.vllm_importance_sampling_correction is True
+    assert (told.vllm_importance_sampling_mode, told.vllm_importance_sampling_clip_max) == ("token_truncate", 1.5)
+    uncorrected = TrainGrpo.model_validate({**settings, "rollouts": {"kind": "vllm", "importance_cap": None}})
+    assert grpo_arguments(uncorrected)["vllm_importance_sampling_correction"] is False
+    server = {"kind": "vllm", "mode": "server", "url": "http://localhost:8000"}
+    rloo = TrainRloo.model_validate({**settings, "rollouts": server})
+    told = RLOOConfig(**rl_arguments(rloo, vllm_job(tmp_path), 10, 28))
+    assert (told.vllm_mode, told.vllm_server_base_url) == ("server", "http://localhost:8000")
+    with pytest.raises(ValueError, match="RLOO does not weigh tokens by importance"):
+        TrainRloo.model_validate({**settings, "rollouts": rollouts})

@@ -144,7 +144,9 @@ class Scorer:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"reward `{self.name}` raised {type(error).__name__}: {error}") from error
+            raise UserError(
+                f"reward `{self.name}` raised {type(error).__name__}: {' '.join(str(error).split())}"
+            ) from error
         if len(values) != len(rollouts):
             raise UserError(f"reward `{self.name}` returned {len(values)} values for {len(rollouts)} answers")
         for value, rollout in zip(values, rollouts, strict=True):
