@@ -1,11 +1,11 @@
 """Answers sampled from a causal language model: any decoding, thinking on, off or within a budget.
 
-**What is deterministic.** The random numbers of an answer come from `seed`, the task's id and the answer's number
-alone: neither other tasks, nor more answers, nor an interruption change them. A token is drawn by inverting the
-cumulative distribution, so equal logits give equal tokens. Logits are equal where the batch is; padding to another
-length may round them differently, and a token on the edge may then be its neighbour. So equal tasks and settings give
-equal bytes on equal machines, interrupted or not, and an answer hardly ever changes when tasks are added. vLLM takes
-the same numbers as seeds, but forms its batches itself and promises less.
+**What is deterministic.** The random numbers of an answer come from `seed`, the task's id, the answer's number and what
+of it was given alone: neither other tasks, nor more answers, nor an interruption change them. A token is drawn by
+inverting the cumulative distribution, so equal logits give equal tokens. Logits are equal where the batch is; padding
+to another length may round them differently, and a token on the edge may then be its neighbour. So equal tasks and
+settings give equal bytes on equal machines, interrupted or not, and an answer hardly ever changes when tasks are added.
+vLLM takes the same numbers as seeds, but forms its batches itself and promises less.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 from pydantic import Field, field_validator, model_validator
 
 from steps.frame.config import Resources, StepConfig
+from steps.frame.errors import UserError
 from steps.frame.hardware import fast_dtype
 from steps.lm.chat import render, token_ids
 from steps.lm.checkpoint import Dtype
@@ -117,11 +118,12 @@ class Question:
     ids: tuple[int, ...]
     """Tokens of the prompt."""
     opened: str
-    """What of the answer the prompt already holds: the tag that opens the thinking, or nothing."""
+    """What of the answer the prompt already holds: its given beginning, the tag that opens the thinking, or nothing."""
 
     def key(self, seed: int) -> str:
         """Return what its random numbers depend on."""
-        return f"{seed}/{self.task.id}/{self.number}"
+        key = f"{seed}/{self.task.id}/{self.number}"
+        return f"{key}/after/{self.task.begun}" if self.task.begun else key
 
 
 @dataclass(frozen=True)
@@ -183,11 +185,11 @@ def sample_answers(
     for index in kept.own(len(batches)):
         kept.add(index, _answer(engine, tokenizer, batches[index], decoding, thinking_tokens))
         report()
-    found: dict[tuple[str, int], Rollout] = {}
+    found: dict[tuple[tuple[str, str], int], Rollout] = {}
     for batch, written in zip(batches, kept.all(len(batches), report), strict=True):
         for question, each in zip(batch, written, strict=True):
-            found[question.task.id, question.number] = Rollout(question.task, *each)
-    return [[found[task.id, number] for number in range(samples)] for task in tasks]
+            found[question.task.place, question.number] = Rollout(question.task, *each)
+    return [[found[task.place, number] for number in range(samples)] for task in tasks]
 
 
 def questions(
@@ -197,20 +199,39 @@ def questions(
     samples: int,
     thinking_tokens: int | None = None,
 ) -> list[Question]:
-    """Return the prompts as tokens, the short ones first, so that a batch holds prompts of like length."""
+    """Return the prompts as tokens, the short ones first, so that a batch holds prompts of like length.
+
+    Raises:
+        UserError: an answer is begun with thinking where there is to be none, or the other way round.
+    """
     thinking = False if thinking_tokens == 0 else decoding.thinking
     asked = []
     for task in tasks:
-        text = render(tokenizer, task.prompt, prompt=True)
-        opens = bool(opened_thinking(text))
-        if thinking is False:
-            text = text.rstrip().removesuffix(THINK_OPEN) + EMPTY_THINKING if opens else text + EMPTY_THINKING
-        elif thinking and not opens:
-            text, opens = text + OPENED, True
+        text, opened = _prompt(tokenizer, task, thinking)
         ids = tuple(token_ids(tokenizer, text))
-        opened = OPENED if opens and thinking is not False else ""
         asked += [Question(task, number, ids, opened) for number in range(samples)]
-    return sorted(asked, key=lambda each: (len(each.ids), each.task.id, each.number))
+    return sorted(asked, key=lambda each: (len(each.ids), each.task.place, each.number))
+
+
+def _prompt(tokenizer: "PreTrainedTokenizerFast", task: Task, thinking: bool | None) -> tuple[str, str]:
+    """Return the text that the model goes on from, and what of the answer it holds."""
+    text = render(tokenizer, task.prompt, prompt=True)
+    opens = bool(opened_thinking(text))
+    if thinking is False:
+        text = text.rstrip().removesuffix(THINK_OPEN) + EMPTY_THINKING if opens else text + EMPTY_THINKING
+    elif thinking and not opens:
+        text, opens = text + OPENED, True
+    opened = OPENED if opens and thinking is not False else ""
+    if not task.begun:
+        return text, opened
+    thinks = task.begun.startswith(THINK_OPEN)
+    if thinks if thinking is False else opened and not thinks:
+        raise UserError(
+            f"task {task.id}: its answer begins {'with' if thinks else 'without'} thinking, and cannot be gone on with "
+            f"by `thinking: {str(thinking).lower()}`; set that as it was when the answer was sampled"
+        )
+    rest = task.begun.removeprefix(THINK_OPEN).removeprefix("\n") if opened else task.begun
+    return text + rest, task.begun
 
 
 def opened_thinking(prompt: str) -> str:

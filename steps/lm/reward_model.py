@@ -7,12 +7,13 @@ https://arxiv.org/abs/2305.20050); how an answer divides into steps stands in it
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steps.frame.errors import UserError
-from steps.lm.chat import Message, conversation, render
+from steps.lm.chat import Message, conversation, render, token_ids
 from steps.lm.checkpoint import check_safetensors, load_tokenizer, stop_token_ids
 from steps.lm.tasks import Rollout
 from steps.lm.whole import loaded_whole
@@ -110,7 +111,39 @@ def answer_ids(
 
 def split_steps(text: str, separator: str) -> list[str]:
     """Return the steps of an answer; empty ones are none."""
-    return [part for part in text.split(separator) if part.strip()]
+    return [text[start:end] for start, end in _step_spans(text, separator)]
+
+
+def beginnings(
+    tokenizer: "PreTrainedTokenizerFast", prompt: Sequence[Message], answer: str, separator: str
+) -> list[str]:
+    """Return for each step of an answer but the last what a model goes on from: the answer as far as that step.
+
+    It reaches up to the next step, so that no model adds to this one, or as near to that as its tokens are the first
+    ones of the whole answer: where a token holds a separator and what follows (` so`), it ends before that token.
+    """
+    before = render(tokenizer, prompt, prompt=True)
+    whole = token_ids(tokenizer, before + answer)
+
+    def same_tokens(beginning: str) -> bool:
+        ids = token_ids(tokenizer, before + beginning)
+        return ids == whole[: len(ids)]
+
+    found = []
+    for (_, end), (start, _) in pairwise(_step_spans(answer, separator)):
+        nearer = (answer[:cut] for cut in range(start, end - 1, -1))
+        # Where one token holds the ends of both steps there is no such place.
+        found.append(next(filter(same_tokens, nearer), answer[:start]))
+    return found
+
+
+def _step_spans(text: str, separator: str) -> Iterator[tuple[int, int]]:
+    """Yield where each step begins and ends."""
+    start = 0
+    for part in text.split(separator):
+        if part.strip():
+            yield start, start + len(part)
+        start += len(part) + len(separator)
 
 
 def step_ends(

@@ -27,6 +27,13 @@ class Task:
     source: str
     entry: Mapping[str, Any] = field(default_factory=dict)
     """What the task's own verifier needs; empty where it has none."""
+    begun: str = ""
+    """Beginning of the answer that is given: the model goes on from there. Answers hold it; their `tokens` do not."""
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """What tells it from other tasks: its id, and how far the answer is begun."""
+        return self.id, self.begun
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> "Task":

@@ -104,7 +104,7 @@ def step_table(tokenizer: "PreTrainedTokenizerFast", data: Samples, field: str, 
     if not steps:
         raise UserError(
             f"step `{job.name}`: no answer in `{field}` has labelled steps within max_tokens: {max_tokens}; a process "
-            "reward model learns from samples with `steps: [{text, label}]`"
+            "reward model learns from samples with `steps: [{text, label}]`, as `data.label_steps` gives them"
         )
     prefix = "" if field == "data" else f"{field}/"
     job.log_metrics({f"{prefix}answers": len(rows["labels"]), f"{prefix}steps": steps, f"{prefix}right_steps": right})

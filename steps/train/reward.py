@@ -24,7 +24,7 @@ class TrainReward(Training):
     """Learn which answer is better from preferences, or which step is right from labels; gives a RewardModel."""
 
     data: Input[Preferences | Samples]
-    """Preferences; for `process: true` Samples whose answers carry `steps: [{text, label}]`."""
+    """Preferences; for `process: true` Samples whose answers carry `steps: [{text, label}]`: see `data.label_steps`."""
     eval: Input[Preferences | Samples] | None = None
     """Held-out rows of the same kind, measured before the first step and after the last."""
     process: bool = False

@@ -104,6 +104,22 @@ def test_resources_that_do_not_fit_the_settings(recipe: Build, old: str, new: st
     assert said in refusal(recipe, (old, new))
 
 
+def test_a_process_reward_is_within_a_recipes_reach(recipe: Build) -> None:
+    """From answers to labelled steps, a reward model of steps, and a training that asks it."""
+    more = """
+  tries: {uses: data.sample, model: base, data: data.train}
+  labels: {uses: data.label_steps, model: merged, data: tries, verifier: {kind: numeric}}
+  judge: {uses: train.reward, model: base, data: labels, process: true, adapter: {kind: full}}
+  rl: {uses: train.grpo, model: base, data: data.train, reward_model: judge, rewards: [{kind: reward_model}]}
+publish"""
+    graph = recipe(("\npublish", more))
+    parents = {name: set(graph.nodes[name].parents) for name in ("labels", "judge", "rl")}
+    assert parents == {"labels": {"tries", "merged"}, "judge": {"base", "labels"}, "rl": {"base", "data", "judge"}}
+    assert "data.label_steps takes a Samples here, `data.train` (data.prepare) gives a Dataset; `tries`" in refusal(
+        recipe, ("\npublish", more.replace("data: tries", "data: data.train"))
+    )
+
+
 def test_missing_input(recipe: Build) -> None:
     assert "steps.sft.model: this key is required" in refusal(recipe, ("model: base, data", "data"))
 
