@@ -194,6 +194,9 @@ def new_reward_model(directory: Path, dtype: str, *, process: bool) -> "PreTrain
         raise UserError(
             f"{directory}: transformers has no classifier of this architecture; take another model"
         ) from error
+    if process and getattr(model.config, "classifier_dropout", None) is None and hasattr(model, "dropout"):
+        # Where a checkpoint does not say, transformers drops a tenth of what the head sees.
+        model.dropout.p = 0.0  # pyright: ignore[reportAttributeAccessIssue]
     return _with_exact_head(model)
 
 

@@ -2,14 +2,11 @@
 
 import json
 import math
-import threading
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 from pydantic import ValidationError
 
@@ -18,7 +15,7 @@ from steps.frame.kinds import load_kind
 from steps.lm.rows import read_jsonl
 from tests.steps import comparisons
 from tests.steps.comparisons import comparison_rows, facts, margins
-from tests.steps.conftest import better, curve, publish
+from tests.steps.conftest import better, curve, publish, run_and_kill
 
 Write = Callable[[str, str], Path]
 Row = Mapping[str, Any]
@@ -261,8 +258,18 @@ def test_first_losses_of_simpo_and_orpo(bench: Any, sorting_model: Any, compared
 # --- the same again
 
 
-def test_dpo_killed_midway_ends_in_the_same_bytes(
-    sorting_model: Any, compared: dict[str, Preferences], fresh: Callable[[], Any]
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("train.dpo", {}),
+        ("train.dpo", {"loss": "simpo", "adapter": {"kind": "full"}}),
+        ("train.orpo", {}),
+        ("train.kto", {}),
+        ("train.reward", {}),
+    ],
+)
+def test_killed_midway_it_ends_in_the_same_bytes(
+    sorting_model: Any, compared: dict[str, Preferences], fresh: Callable[[], Any], kind: str, settings: dict[str, Any]
 ) -> None:
     inputs = {"model": sorting_model, "data": compared["train"], "eval": compared["few"]}
     settings = LEARNING | {
@@ -270,22 +277,14 @@ def test_dpo_killed_midway_ends_in_the_same_bytes(
         "batch_size": 16,
         "checkpoint_steps": 4,
         "max_steps": 24,
+        **settings,
     }
-    undisturbed = fresh().run("train.dpo", inputs, **settings)[""]
+    undisturbed = fresh().run(kind, inputs, **settings)[""]
     bench = fresh()
-    work = bench.root / "work" / undisturbed.manifest.key[:16]
-    results: list[Any] = []
-    thread = threading.Thread(target=lambda: results.append(bench.attempt("train.dpo", inputs, **settings)))
-    thread.start()
-    while thread.is_alive() and not list(work.glob("scratch/checkpoints/checkpoint-*/trainer_state.json")):
-        time.sleep(0.01)
-    for server in psutil.Process().children():
-        for running in server.children():
-            running.kill()
-    thread.join()
-    assert "SIGKILL" in results[0].message, "it was killed before its end"
-    assert bench.run("train.dpo", inputs, **settings)[""].digest == undisturbed.digest
-    assert "resuming from checkpoint-" in (work / "log.txt").read_text()
+    assert "SIGKILL" in run_and_kill(bench, kind, inputs, settings).message, "it was killed before its end"
+    assert bench.run(kind, inputs, **settings)[""].digest == undisturbed.digest
+    log = bench.root / "work" / undisturbed.manifest.key[:16] / "log.txt"
+    assert "resuming from checkpoint-" in log.read_text()
 
 
 @pytest.mark.parametrize(

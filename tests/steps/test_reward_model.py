@@ -15,7 +15,7 @@ from steps.lm.reward_model import RewardScorer, step_ends
 from steps.lm.rows import read_jsonl
 from steps.lm.tasks import Rollout, Task
 from tests.steps.comparisons import comparison_rows, facts, wrong
-from tests.steps.conftest import better, curve, publish
+from tests.steps.conftest import better, curve, publish, run_and_kill
 
 LEARNING: dict[str, Any] = {
     "adapter": {"kind": "lora", "rank": 32},
@@ -152,6 +152,29 @@ def test_a_process_model_tells_good_steps_from_bad(bench: Any, stepped: dict[str
     accuracy = curve(bench, process, "eval_step_accuracy")
     found = np.mean([(score > 0.5) == label for score, label in zip(scores, labels, strict=True)])
     assert accuracy[max(accuracy)] == pytest.approx(found, abs=0.005)
+
+
+def test_first_loss_of_a_process_model_is_the_cross_entropy_of_its_steps(
+    bench: Any, sorting_model: Any, stepped: dict[str, Samples]
+) -> None:
+    rows = list(read_jsonl(stepped["eval"].rows_file))[:8]
+    inputs = {"model": sorting_model, "data": samples_of(bench, "stepped-few", rows)}
+    settings = LEARNING | {"adapter": {"kind": "full"}, "process": True, "batch_size": 8, "max_steps": 1}
+    untrained = bench.run("train.reward", inputs, **settings | {"learning_rate": 1e-12})[""]
+    scores, labels = labelled_scores(untrained, inputs["data"])
+    expected = -np.mean([math.log(p if right else 1 - p) for p, right in zip(scores, labels, strict=True)])
+    assert curve(bench, untrained, "loss")[1] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_killed_process_model_ends_in_the_same_bytes(
+    sorting_model: Any, stepped: dict[str, Samples], fresh: Callable[[], Any]
+) -> None:
+    inputs = {"model": sorting_model, "data": stepped["train"]}
+    settings = LEARNING | {"process": True, "batch_size": 16, "max_steps": 24, "checkpoint_steps": 4}
+    undisturbed = fresh().run("train.reward", inputs, **settings)[""]
+    bench = fresh()
+    assert "SIGKILL" in run_and_kill(bench, "train.reward", inputs, settings).message
+    assert bench.run("train.reward", inputs, **settings)[""].digest == undisturbed.digest
 
 
 def test_a_process_reward_is_the_product_of_its_steps(stepped: dict[str, Samples], process: Any) -> None:
