@@ -93,6 +93,7 @@ def token_trainer(
     table: "Table",
     eval_table: "Table | None",
     job: Job,
+    epoch_tokens: int = 0,
     **more: Any,
 ) -> "Trainer":
     """Return one of TRL's preference trainers for rows that are tokens already.
@@ -104,6 +105,7 @@ def token_trainer(
         table: training rows.
         eval_table: held-out rows.
         job: the step's job, which hears of the metrics.
+        epoch_tokens: tokens of an epoch, where this trainer does not count them itself.
         more: what this trainer alone takes.
     """
     from steps.train._progress import ReportToJob
@@ -123,7 +125,7 @@ def token_trainer(
         train_dataset=table,
         eval_dataset=eval_table,
         processing_class=prepared.tokenizer,
-        callbacks=[ReportToJob(job), Speed(job)],
+        callbacks=[ReportToJob(job), Speed(job, epoch_tokens=epoch_tokens)],
         **more,
     )
 

@@ -56,18 +56,20 @@ def process_trainer(
     from transformers import DataCollatorForTokenClassification, Trainer, TrainingArguments
 
     from steps.train._progress import ReportToJob
+    from steps.train._speed import Speed
 
     tokenizer.padding_side = "right"
+    table = step_table(tokenizer, Samples.of(config.data), "data", config.max_tokens, job)
     held_out = Samples.of(config.eval) if config.eval else None
     return Trainer(
         model=model,
         args=TrainingArguments(**arguments),
         data_collator=DataCollatorForTokenClassification(tokenizer),
-        train_dataset=step_table(tokenizer, Samples.of(config.data), "data", config.max_tokens, job),
+        train_dataset=table,
         eval_dataset=step_table(tokenizer, held_out, "eval", config.max_tokens, job) if held_out else None,
         processing_class=tokenizer,
         compute_metrics=step_metrics,
-        callbacks=[ReportToJob(job)],
+        callbacks=[ReportToJob(job), Speed(job, epoch_tokens=sum(map(len, table["input_ids"])))],
     )
 
 

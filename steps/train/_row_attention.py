@@ -1,5 +1,6 @@
 """Attention over packed sequences row by row: it costs what the rows cost, not the square of the sequence."""
 
+import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,7 @@ def row_attention(
     batch, tokens = query.shape[0], query.shape[2]
     flat = [each.transpose(1, 2).flatten(0, 1) for each in (query, key, value)]
     places, outputs = [], []
-    for index, inside in _groups(position_ids.expand(batch, tokens).flatten()):
+    for index, inside in _groups(position_ids, batch):
         queries, keys, values = (
             each.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2) for each in flat
         )
@@ -84,7 +85,23 @@ def row_attention(
     return torch.cat(outputs).index_select(0, order).unflatten(0, (batch, tokens)), None
 
 
-def _groups(positions: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+Groups = list[tuple[torch.Tensor, torch.Tensor]]
+_last: tuple[weakref.ref[torch.Tensor], int, Groups] | None = None
+
+
+def _groups(position_ids: torch.Tensor, batch: int) -> Groups:
+    """Group the rows of a batch; found once for all layers, because a GPU must be waited for to tell how long rows are.
+
+    Every layer of a forward pass, and of what a checkpoint computes again, is handed the same tensor of positions.
+    """
+    global _last
+    if _last is None or _last[0]() is not position_ids or _last[1] != batch:
+        positions = position_ids.expand(batch, -1).flatten()
+        _last = (weakref.ref(position_ids), batch, list(_groups_of(positions)))
+    return _last[2]
+
+
+def _groups_of(positions: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Group rows of like length: for each group the tokens, rows × width, and which of them are the rows' own.
 
     What a shorter row's line holds behind its end stands after all its tokens, so that causal attention hides it.

@@ -65,6 +65,7 @@ def train_distill(config: TrainDistill, job: Job) -> Draft:
 
     from steps.train._distill import Distillation
     from steps.train._progress import ReportToJob
+    from steps.train._speed import Speed
 
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model.path)
@@ -90,7 +91,7 @@ def train_distill(config: TrainDistill, job: Job) -> Draft:
         args=arguments,
         train_dataset=in_order(rows, arguments.max_steps * per_step, config.seed),
         processing_class=tokenizer,
-        callbacks=[ReportToJob(job)],
+        callbacks=[ReportToJob(job), Speed(job)],
         on_policy_share=config.share,
     )
     train(trainer, job)

@@ -33,5 +33,6 @@ def train_orpo(config: TrainOrpo, job: Job) -> Draft:
     arguments = ORPOConfig(
         **prepared.arguments, beta=config.beta, max_length=config.max_tokens, remove_unused_columns=False
     )
-    trainer = token_trainer(ORPOTrainer, arguments, prepared, table, eval_table, job)
+    tokens = sum(len(ids) for side in ("chosen", "rejected") for ids in table[f"{side}_input_ids"])
+    trainer = token_trainer(ORPOTrainer, arguments, prepared, table, eval_table, job, tokens)
     return run(trainer, config, prepared, held_out, job)

@@ -1,5 +1,6 @@
 """The recipes that ship: each is whole as it stands, and each runs from its data to its score in its pico profile."""
 
+import html
 import json
 from pathlib import Path
 
@@ -25,6 +26,17 @@ STORIES = [
 ALWAYS = ("dpo", "tina")
 """Run in every test; the others at night, by `make test-recipes`."""
 
+STAGES = {
+    "deepseek-r1": 5,
+    "dpo": 3,
+    "instructgpt": 2,
+    "minimax-cispo": 4,
+    "prover-expert-iteration": 3,
+    "qwen3-four-stage": 4,
+    "tina": 5,
+    "verifier-and-generator": 2,
+}
+"""How many models each story scores; a matrix counts each of its members."""
 FIRST_AND_LAST = {
     "deepseek-r1": ("start", "policy"),
     "dpo": ("start", "dpo[2]"),
@@ -32,7 +44,7 @@ FIRST_AND_LAST = {
     "minimax-cispo": ("start", "rl[cispo]"),
     "prover-expert-iteration": ("start", "policy"),
     "qwen3-four-stage": ("start", "final"),
-    "tina": ("start", "rl[16,dr_grpo]"),
+    "tina": ("start", "rl[4,grpo]"),
     "verifier-and-generator": ("start", "policy[2]"),
 }
 
@@ -66,8 +78,10 @@ def test_the_story_runs_in_its_pico_profile(name: str, tmp_path: Path) -> None:
     made = [step["outputs"] for step in steps if step["outcome"] == "finished"]
     assert all(step["outputs"] in made for step in steps)
     first, last = FIRST_AND_LAST[name]
-    accuracy = accuracies(posttrain.home)
+    metrics = scores(posttrain.home)
+    accuracy = {name.rpartition("/")[0]: value for name, value in metrics.items() if name.endswith("/accuracy")}
     assert accuracy[last] > accuracy[first], accuracy
+    assert metrics[f"{last}/p_value"] < 0.01, metrics
     if name == "tina":
         members = {member: value for member, value in accuracy.items() if member.startswith("rl[")}
         assert len(members) == 4
@@ -77,14 +91,16 @@ def test_the_story_runs_in_its_pico_profile(name: str, tmp_path: Path) -> None:
             == max(members.values())
             > accuracy["start"]
         )
-    assert "accuracy" in Path(ended.json["report"]).read_text(encoding="utf-8").casefold()
+    page = Path(ended.json["report"]).read_text(encoding="utf-8")
+    assert len(accuracy) == STAGES[name]
+    assert [stage for stage in accuracy if html.escape(stage) not in page] == []
+    assert [stage for stage, value in accuracy.items() if f"{100 * value:.1f} %" not in page] == []
 
 
-def accuracies(home: Path) -> dict[str, float]:
-    """Read each candidate's accuracy from the report artifact of a run's evaluation."""
+def scores(home: Path) -> dict[str, float]:
+    """Read the metrics of a run's evaluation of tasks: `CANDIDATE/METRIC`."""
     for manifest in (home / "artifacts").glob("*/artifact.json"):
         content = json.loads(manifest.read_text(encoding="utf-8"))
         if content["step"] == "evaluate.tasks":
-            metrics = content["facts"]["metrics"]
-            return {name.rpartition("/")[0]: value for name, value in metrics.items() if name.endswith("/accuracy")}
+            return content["facts"]["metrics"]
     raise AssertionError(f"no report of tasks in {home}")

@@ -10,10 +10,12 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
 
+from steps.artifacts import Preferences
 from steps.train._rl import rollout_cost
 from steps.train._speed import Speed, cost_of, peak
 from steps.train.grpo import TrainGrpo
-from tests.steps.conftest import curve
+from tests.steps.comparisons import comparison_rows, facts
+from tests.steps.conftest import curve, publish
 
 ROWS, LENGTH = 2, 64
 
@@ -127,3 +129,27 @@ def test_the_speed_of_a_training_is_recorded(bench: Any, sorting: Any, pico: Any
     (mean,) = (line["values"] for line in lines if "tokens_per_second/mean" in line["values"])
     assert min(rates.values()) <= mean["tokens_per_second/mean"] <= max(rates.values())
     assert "mfu/mean" not in mean
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("train.dpo", {}),
+        ("train.kto", {}),
+        ("train.orpo", {}),
+        ("train.reward", {}),
+        ("train.distill", {"max_new_tokens": 4}),
+    ],
+)
+def test_every_kind_of_training_records_its_speed(
+    bench: Any, sorting: Any, sorting_model: Any, kind: str, settings: dict[str, Any]
+) -> None:
+    rows = list(comparison_rows(sorting["eval"]))
+    inputs = {"model": sorting_model, "data": publish(bench, Preferences, "speed", rows, facts(rows))}
+    if kind == "train.distill":
+        inputs = {"model": sorting_model, "teacher": sorting_model, "data": sorting["eval"]}
+    trained = bench.run(kind, inputs, dtype="float32", max_steps=10, batch_size=4, **settings)[""]
+    rates = curve(bench, trained, "tokens_per_second")
+    assert list(rates) == [5, 10]
+    assert min(rates.values()) > 0
