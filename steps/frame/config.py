@@ -91,7 +91,7 @@ def NamesOf(field: str) -> Any:  # noqa: N802 - reads as a field default, like p
 
 
 Launch = Literal["ddp", "ddp-cpu", "fsdp2", "zero2", "zero3"]
-"""How several processes share one training; each is a file of `infra/accelerate/`, which says what it is for."""
+"""How several processes share the work; each is a file of `infra/accelerate/`, which says what it is for."""
 
 
 class Resources(BaseModel):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from steps.frame.config import Resources
 from steps.frame.errors import PartDone
 from steps.frame.scale import threads
-from steps.frame.spec import METRICS_NAME, PLOTS_NAME, PROGRESS_NAME, InputSpec, StepSpec
+from steps.frame.spec import METRICS_NAME, PLOTS_NAME, PROGRESS_NAME, RESULT_NAME, InputSpec, StepSpec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,6 +48,11 @@ class Job:
     def cpus(self) -> int:
         """Cores granted to this process."""
         return threads(self.resources)
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether another process of this step has said how it ends: refused, or failed."""
+        return (self._work / RESULT_NAME).exists()
 
     def output(self, name: str = "") -> Path:
         """Return a fresh directory for one output; its content is published when the step returns.

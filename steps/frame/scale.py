@@ -11,6 +11,7 @@ takes part in every such step; the node's number, from 1, is in `NODE_RANK`.
 import ctypes
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import psutil
 from steps.frame.config import Resources
 from steps.frame.errors import UserError
 from steps.frame.hardware import gpus
-from steps.frame.spec import SPEC_NAME, StepSpec
+from steps.frame.spec import RESULT_NAME, SPEC_NAME, StepResult, StepSpec
 
 PROFILES = Path(__file__).parents[2] / "infra" / "accelerate"
 DEEPSPEED = Path(sys.prefix) / "share" / "posttrain" / "deepspeed"
@@ -35,7 +36,8 @@ _PR_SET_PDEATHSIG = 1
 _BUSY = 0.3
 """Cores in use by others from which the machine counts as shared."""
 _MOMENTS = 4
-_SET_BY_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", ADDRESS, PORT)
+_SET_BY_LAUNCHER = re.compile(rf"((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|TORCHELASTIC_\w+|{ADDRESS}|{PORT}")
+"""What a launcher tells its processes of their group."""
 
 
 def launch_command(resources: Resources, python: str = sys.executable, node: int = 0) -> list[str]:
@@ -126,7 +128,8 @@ def use_devices(spec: StepSpec) -> None:
     would each take a part of the batch.
     """
     granted = spec.devices or (gpus()[:1] if spec.resources.world == 1 else [])
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(granted)
+    if granted or spec.resources.world > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(granted)
 
 
 def stand_alone(resources: Resources, rank: int, count: int = 1) -> None:
@@ -139,8 +142,8 @@ def stand_alone(resources: Resources, rank: int, count: int = 1) -> None:
     if resources.gpus:
         first = rank % resources.local_processes
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus()[first : first + count])
-    for name in _SET_BY_LAUNCHER:
-        os.environ.pop(name, None)
+    for name in [name for name in os.environ if _SET_BY_LAUNCHER.fullmatch(name)]:
+        del os.environ[name]
 
 
 def environment() -> dict[str, str]:
@@ -157,7 +160,7 @@ def environment() -> dict[str, str]:
     What a launcher says of ranks is said anew for each step; a cluster's own words would make one process wait for
     others.
     """
-    kept = {name: value for name, value in os.environ.items() if name not in _SET_BY_LAUNCHER}
+    kept = {name: value for name, value in os.environ.items() if not _SET_BY_LAUNCHER.fullmatch(name)}
     if "GOMP_SPINCOUNT" not in kept:
         # The kernel counts in hundredths of a second: one moment says little of others, but idle is idle.
         shared = all(busy_cores() > _BUSY for _ in range(_MOMENTS))
@@ -220,4 +223,7 @@ def join(work: Path) -> None:
                 options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "preexec_fn": die_with_parent}
                 end = subprocess.run(command, env=environment() | launcher_environment(spec.resources), **options)
             print(f"{spec.name}: ended with code {end.returncode}", flush=True)
+            if end.returncode and not (result := spec.work / RESULT_NAME).exists():
+                why = f"its processes on node {node} ended with code {end.returncode}; see log.{node}.txt"
+                result.write_text(StepResult(status="failed", message=why).model_dump_json())
         time.sleep(0.2)

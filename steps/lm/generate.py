@@ -71,6 +71,8 @@ class Decoding(StepConfig):
 
     def check_resources(self, resources: Resources) -> None:
         """Processes share the prompts; each group of `tensor_parallel` must be whole."""
+        if self.backend == "vllm" and resources.world > 1 and not resources.gpus:
+            raise ValueError("backend: vllm needs a GPU for each process; ask for `gpus`, not `processes`")
         if resources.local_processes % self.tensor_parallel:
             raise ValueError(
                 f"tensor_parallel: {self.tensor_parallel} does not divide a node's {resources.local_processes} GPUs"

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from steps.frame.errors import PartDone
 from steps.lm.tasks import Rollout
 
 Written = tuple[str, int, bool]
@@ -18,17 +19,24 @@ _LOOK_SECONDS = 0.2
 class Kept:
     """The batches of one set of answers. Every process appends to a file of its own and reads those of all."""
 
-    def __init__(self, folder: Path | None = None, part: int | None = 0, parts: int = 1) -> None:
+    def __init__(
+        self,
+        folder: Path | None = None,
+        part: int | None = 0,
+        parts: int = 1,
+        is_ended: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Read what is there.
 
         Args:
             folder: where the files lie; None keeps everything in memory.
             part: which share of the batches this process answers; None answers none.
             parts: shares in all.
+            is_ended: whether a process that shares the work has given up.
         """
         self.done: dict[int, list[Written]] = {}
         """Batches that are finished, as far as this process knows, by number."""
-        self._folder, self._part, self._parts = folder, part, parts
+        self._folder, self._part, self._parts, self._is_ended = folder, part, parts, is_ended
         self._read: dict[Path, int] = {}
         self._own: Path | None = None
         if folder is not None:
@@ -54,9 +62,13 @@ class Kept:
     def all(self, batches: int, waiting: Callable[[], None] = lambda: None) -> list[list[Written]]:
         """Return every batch, when the last process is done; `waiting` is called now and then until it is.
 
-        A process that dies takes the others with it (see `steps.frame.scale`), so that none waits for ever.
+        Raises:
+            PartDone: another process has given up. (One that dies takes those of its machine with it, and `join` speaks
+                for it on the first one.)
         """
         while len(self.done) < batches:
+            if self._is_ended():
+                raise PartDone
             time.sleep(_LOOK_SECONDS)
             self._look()
             waiting()

@@ -63,7 +63,7 @@ class Sampler:
             self._decoding,
             samples=samples,
             thinking_tokens=thinking_tokens,
-            kept=Kept(self._job.scratch / name, self._part, self._parts),
+            kept=Kept(self._job.scratch / name, self._part, self._parts, lambda: self._job.is_ended),
             progress=progress,
         )
 

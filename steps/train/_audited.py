@@ -14,7 +14,14 @@ from transformers import GenerationConfig
 from steps.lm.prefill import prefill_once
 from steps.train._audits import Audits
 
-_KEPT = ("max_new_tokens", "pad_token_id", "bos_token_id", "eos_token_id")
+_KEPT = (
+    "max_new_tokens",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "repetition_penalty",
+    "cache_implementation",
+)
 """What of a trainer's sampling settings holds for greedy answers too."""
 
 

@@ -135,7 +135,7 @@ class RlTraining(Training):
 
     @property
     def packages(self) -> tuple[str, ...]:
-        """vLLM, where it samples in these processes."""
+        """vLLM, where it samples; a server's client needs it too."""
         return ("vllm",) if isinstance(self.rollouts, VllmRollouts) else ()
 
     def check_resources(self, resources: Resources) -> None:

@@ -31,10 +31,10 @@ STAGES = {
     "dpo": 3,
     "instructgpt": 2,
     "minimax-cispo": 4,
-    "prover-expert-iteration": 3,
+    "prover-expert-iteration": 4,
     "qwen3-four-stage": 4,
     "tina": 5,
-    "verifier-and-generator": 2,
+    "verifier-and-generator": 3,
 }
 """How many models each story scores; a matrix counts each of its members."""
 FIRST_AND_LAST = {

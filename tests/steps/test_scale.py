@@ -21,6 +21,7 @@ from registry.home import Home
 from steps.artifacts import Dataset, DatasetFacts
 from steps.frame import Resources, UserError
 from steps.frame.config import Launch
+from steps.frame.errors import PartDone
 from steps.frame.hardware import gpus
 from steps.frame.scale import (
     DEEPSPEED,
@@ -30,8 +31,10 @@ from steps.frame.scale import (
     lacking,
     launch_command,
     launcher_environment,
+    stand_alone,
     threads,
 )
+from steps.lm.kept import Kept
 from tests.conftest import Bench
 from tests.steps.conftest import curve, publish
 
@@ -263,10 +266,44 @@ def test_a_node_that_does_not_say_which_it_is_cannot_join(tmp_path: Path, monkey
             join(tmp_path)
 
 
+OF_A_GROUP = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "GROUP_RANK",
+    "ROLE_NAME",
+    "MASTER_ADDR",
+    "TORCHELASTIC_USE_AGENT_STORE",
+)
+
+
 def test_what_a_cluster_says_of_ranks_does_not_reach_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+    for name in OF_A_GROUP:
         monkeypatch.setenv(name, "7")
-    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} & set(environment())
+    monkeypatch.setenv("RANKED", "kept")
+    found = environment()
+    assert not set(OF_A_GROUP) & set(found)
+    assert found["RANKED"] == "kept"
+
+
+def test_a_process_that_stands_alone_looks_for_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine's own group would wait for the launcher's store, in which nobody answers."""
+    for name in OF_A_GROUP:
+        monkeypatch.setenv(name, "7")
+    stand_alone(Resources(processes=8), 7)
+    assert not set(OF_A_GROUP) & set(os.environ)
+    stand_alone(Resources(processes=8), 7)
+
+
+def test_a_process_does_not_wait_for_one_that_has_given_up(tmp_path: Path) -> None:
+    kept = Kept(tmp_path, 0, 2, lambda: True)
+    for index in kept.own(3):
+        kept.add(index, [])
+    assert [*kept.done] == [0, 2]
+    with pytest.raises(PartDone):
+        kept.all(3)
+    Kept(tmp_path, 1, 2).add(1, [])
+    assert Kept(tmp_path, 0, 2, lambda: True).all(3) == [[], [], []]
 
 
 @pytest.mark.parametrize("launch", get_args(Launch))
