@@ -66,23 +66,19 @@ class Audits:
                 Rollout(tasks[index], opened + text_of(tokenizer, ids), len(ids), not ids or ids[-1] not in stops)
                 for index, ids in zip(task, completion_ids, strict=True)
             ]
-            sums: list[float] = []
-
-            def judged() -> dict[str, list[float]]:
-                totals, parts = total(self.scorers, rollouts)
-                sums.extend(totals)
-                return self._measured(rollouts, totals, parts)
-
-            self._saw(together(self.job, judged))
-            return sums
+            return self.saw_rollouts(rollouts)
 
         return reward
 
-    def saw_rollouts(
-        self, rollouts: Sequence[Rollout], sums: Sequence[float], parts: Mapping[str, Sequence[float]]
-    ) -> None:
-        """Take one batch of rollouts: answers in groups of `group_size`, their total and their single rewards."""
-        self._saw([self._measured(rollouts, sums, parts)])
+    def saw_rollouts(self, rollouts: Sequence[Rollout]) -> list[float]:
+        """Judge this process's answers, in groups of `group_size`; measure those of all; return the total rewards.
+
+        Raises:
+            UserError: a reward failed, here or in another process.
+        """
+        tables = together(self.job, lambda: self._measured(rollouts, *total(self.scorers, rollouts)))
+        self._saw(tables)
+        return tables[self.job.rank]["reward"]
 
     def _measured(
         self, rollouts: Sequence[Rollout], sums: Sequence[float], parts: Mapping[str, Sequence[float]]
@@ -137,7 +133,7 @@ class Audits:
             RewardsEqual: for a whole epoch no group of answers differed in reward.
         """
         values = {**self._pending, **{name: logged[name] for name in LOGGED if name in logged}}
-        ratios = np.concatenate([*together(self.job, lambda: np.concatenate([_NONE, *self._ratios]))])
+        ratios = np.concatenate(together(self.job, lambda: np.concatenate([_NONE, *self._ratios])))
         if len(ratios):
             values |= {
                 "ratio/mean": float(ratios.mean()),

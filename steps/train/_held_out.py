@@ -121,6 +121,11 @@ class HeldOut(TrainerCallback):
         set_random_state(before)
         stops = self.config.model.facts.stop_token_ids
         return [
-            Rollout(task, opened_thinking(prompt) + text_of(self.tokenizer, each), len(each), each[-1] not in stops)
+            Rollout(
+                task,
+                opened_thinking(prompt) + text_of(self.tokenizer, each),
+                len(each),
+                not each or each[-1] not in stops,
+            )
             for task, prompt, each in zip(own, prompts, written, strict=False)
         ]

@@ -14,7 +14,7 @@ from steps.train._audits import Audits, RewardsEqual, repeated_share
 from steps.train._rl import rl_arguments, task_order, total_steps
 from steps.train._stopping import LOGGED, MEASURED, StopCondition, Stopping
 from steps.train.grpo import TrainGrpo, grpo_arguments
-from steps.train.rewards import REWARDS, Scorer, total
+from steps.train.rewards import REWARDS, Scorer
 from steps.train.rloo import TrainRloo
 from tests.conftest import Bench
 from tests.steps.conftest import better, curve, run_and_kill, solved
@@ -273,8 +273,7 @@ def test_audits_tell_length_bias_hacking_and_dead_groups(tmp_path: Path) -> None
     exact, length = (Scorer(REWARDS[kind].spec.model_validate(settings)) for kind, settings in _TWO_REWARDS)
     audits = Audits(Job(spec), [exact, length], exact, group_size=2, epoch=2, stop_when=[])
     answers = [rollout("42"), rollout("41 is so much longer", 6), rollout("7"), rollout("7")]
-    sums, parts = total([exact, length], answers)
-    audits.saw_rollouts(answers, sums, parts)
+    sums = audits.saw_rollouts(answers)
     audits.log(1, {"entropy": 0.5, "unrelated": 1.0})
     (row,) = audits.history()
     assert {*row} <= {"step", *LOGGED, *MEASURED, "reward/exact", "reward/length"}
@@ -290,7 +289,7 @@ def test_audits_tell_length_bias_hacking_and_dead_groups(tmp_path: Path) -> None
     assert row["length/reward_correlation"] > 0.8
     dead = [rollout("7"), rollout("7"), rollout("8"), rollout("8")]
     for step in (2, 3):
-        audits.saw_rollouts(dead, *total([exact], dead))
+        audits.saw_rollouts(dead)
         if step == 3:
             with pytest.raises(RewardsEqual, match="for a whole epoch"):
                 audits.log(step, {})
