@@ -70,7 +70,12 @@ class HeldOut(TrainerCallback):
         """Say which checkpoint did best; return the file of its trained weights."""
         step, score = max(self.history, key=lambda each: (each[1], -each[0]))
         self.job.log_metrics({"held_out/best": score, "held_out/best_step": step})
-        self.job.log.info("the best checkpoint on held-out tasks is that of step %d: %.4g", step, score)
+        if step:
+            self.job.log.info("the best checkpoint on held-out tasks is that of step %d: %.4g", step, score)
+        else:
+            self.job.log.warning(
+                "no step answered held-out tasks better than the start (%.4g): its weights stay", score
+            )
         return best_folder(self.job) / "weights.safetensors"
 
     def _look(self, step: int, control: TrainerControl) -> None:

@@ -166,6 +166,13 @@ def test_the_best_checkpoint_by_the_verifier_is_given_out(bench: Bench, sorting:
     assert scores[12] < max(scores.values())
 
 
+def test_a_training_that_only_does_harm_says_so(bench: Bench, sorting: Any, sorting_model: Any) -> None:
+    inputs = {"model": sorting_model, "data": sorting["train"], "eval": sorting["eval"]}
+    model = bench.run("train.grpo", inputs, **short(learning_rate=0.3, max_steps=2, eval_steps=1, eval_rows=64))[""]
+    assert (model.path / "model.safetensors").read_bytes() == (sorting_model.path / "model.safetensors").read_bytes()
+    assert "no step answered held-out tasks better than the start" in log_of(bench, model)
+
+
 def test_a_condition_ends_the_training(bench: Bench, sorting: Any, sorting_model: Any) -> None:
     inputs = {"model": sorting_model, "data": sorting["train"]}
     condition = {"metric": "accuracy", "above": 0.0, "steps": 3}
