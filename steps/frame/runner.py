@@ -169,9 +169,5 @@ def _failed(error: Exception) -> StepResult:
 
 def _write_result(spec: StepSpec, result: StepResult, rank: int) -> None:
     """Write the result whole; of several processes the first to end says what became of the step."""
-    path = spec.work / RESULT_NAME
-    if spec.resources.world > 1 and path.exists():
-        return
-    partial = spec.work / f"{RESULT_NAME}.{rank}"
-    partial.write_text(result.model_dump_json())
-    partial.replace(path)
+    if spec.resources.world == 1 or not (spec.work / RESULT_NAME).exists():
+        result.write(spec.work, str(rank))

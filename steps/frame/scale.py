@@ -223,7 +223,15 @@ def join(work: Path) -> None:
                 options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "preexec_fn": die_with_parent}
                 end = subprocess.run(command, env=environment() | launcher_environment(spec.resources), **options)
             print(f"{spec.name}: ended with code {end.returncode}", flush=True)
-            if end.returncode and not (result := spec.work / RESULT_NAME).exists():
+            if end.returncode and _opened_at(marker) == at and not (spec.work / RESULT_NAME).exists():
                 why = f"its processes on node {node} ended with code {end.returncode}; see log.{node}.txt"
-                result.write_text(StepResult(status="failed", message=why).model_dump_json())
+                StepResult(status="failed", message=why).write(spec.work, f"node{node}")
         time.sleep(0.2)
+
+
+def _opened_at(marker: Path) -> float | None:
+    """When this attempt at a step was opened to nodes; None once it is over: its end is not another attempt's."""
+    try:
+        return marker.stat().st_mtime
+    except OSError:
+        return None

@@ -67,3 +67,14 @@ class StepResult(_Message):
     """Largest resident set of the process in bytes."""
     load_seconds: float = 0
     """Of `seconds`, what the frame itself took: start, digests, publishing."""
+
+    def write(self, work: Path, writer: str) -> None:
+        """Write it whole, as what became of the step that works in `work`.
+
+        Args:
+            work: the step's directory.
+            writer: which process writes, where several may.
+        """
+        partial = work / f"{RESULT_NAME}.{writer}"
+        partial.write_text(self.model_dump_json())
+        partial.replace(work / RESULT_NAME)

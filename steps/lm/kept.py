@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from steps.frame.errors import PartDone
 from steps.lm.tasks import Rollout
 
 Written = tuple[str, int, bool]
@@ -47,9 +46,16 @@ class Kept:
             self._look()
 
     def own(self, batches: int) -> Iterator[int]:
-        """Yield the numbers of the batches that this process has to answer."""
+        """Yield the numbers of the batches that this process has to answer.
+
+        Raises:
+            RuntimeError: another process has given up.
+        """
         if self._part is not None:
-            yield from (index for index in range(self._part, batches, self._parts) if index not in self.done)
+            for index in range(self._part, batches, self._parts):
+                if index not in self.done:
+                    self._go_on()
+                    yield index
 
     def add(self, index: int, rollouts: Sequence[Rollout]) -> None:
         """Keep a finished batch, and look at what the others have finished."""
@@ -63,16 +69,19 @@ class Kept:
         """Return every batch, when the last process is done; `waiting` is called now and then until it is.
 
         Raises:
-            PartDone: another process has given up. (One that dies takes those of its machine with it, and `join` speaks
-                for it on the first one.)
+            RuntimeError: another process has given up. (One that dies takes those of its machine with it, and `join`
+                speaks for it on the first one.)
         """
         while len(self.done) < batches:
-            if self._is_ended():
-                raise PartDone
+            self._go_on()
             time.sleep(_LOOK_SECONDS)
             self._look()
             waiting()
         return [self.done[index] for index in range(batches)]
+
+    def _go_on(self) -> None:
+        if self._is_ended():
+            raise RuntimeError("another process of this step has given up")
 
     def _look(self) -> None:
         """Read what was added to the files; a line that is still being written waits for the next look."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,7 +22,6 @@ from registry.home import Home
 from steps.artifacts import Dataset, DatasetFacts
 from steps.frame import Resources, UserError
 from steps.frame.config import Launch
-from steps.frame.errors import PartDone
 from steps.frame.hardware import gpus
 from steps.frame.scale import (
     DEEPSPEED,
@@ -186,6 +186,40 @@ def test_two_nodes_give_what_two_processes_give(
     assert model.digest == shared.digest
 
 
+@pytest.mark.slow
+@pytest.mark.recipes
+def test_a_node_that_dies_while_sampling_ends_the_step(
+    inputs: dict[str, Any], fresh: Callable[[], Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first node has nothing but the shared folder to learn it from."""
+    bench = fresh()
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29518")
+    code = "from flows.cli import main; main()"
+    second = {**os.environ, "NODE_RANK": "1", "POSTTRAIN_HOME": str(bench.root)}
+    node = subprocess.Popen([sys.executable, "-c", code, "join"], env=second)
+    resources = Resources(nodes=2, processes=1, cpus=1)
+    # One answer at a time: it must still be at work when it is killed.
+    settings = {"samples": 40, "batch_size": 1, "max_new_tokens": 60, "dtype": "float32", "resources": resources}
+    spec = bench.spec("data.sample", inputs, **settings)
+    try:
+        with ThreadPoolExecutor() as pool:
+            running = pool.submit(bench.launcher.run, spec)
+            deadline = time.monotonic() + 120
+            while not list(spec.work.glob("scratch/**/1.jsonl")):
+                assert time.monotonic() < deadline and not running.done()
+                time.sleep(0.05)
+            for each in psutil.Process(node.pid).children(recursive=True):
+                if not each.children():
+                    each.kill()
+            result = running.result(timeout=240)
+    finally:
+        node.kill()
+        node.wait()
+    assert result.status == "failed"
+    assert "its processes on node 1 ended with code" in result.message
+
+
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
@@ -296,11 +330,15 @@ def test_a_process_that_stands_alone_looks_for_no_other(monkeypatch: pytest.Monk
 
 
 def test_a_process_does_not_wait_for_one_that_has_given_up(tmp_path: Path) -> None:
-    kept = Kept(tmp_path, 0, 2, lambda: True)
+    with pytest.raises(RuntimeError, match="given up"):
+        next(Kept(tmp_path, 0, 2, lambda: True).own(3))
+    given_up = False
+    kept = Kept(tmp_path, 0, 2, lambda: given_up)
     for index in kept.own(3):
         kept.add(index, [])
     assert [*kept.done] == [0, 2]
-    with pytest.raises(PartDone):
+    given_up = True
+    with pytest.raises(RuntimeError, match="given up"):
         kept.all(3)
     Kept(tmp_path, 1, 2).add(1, [])
     assert Kept(tmp_path, 0, 2, lambda: True).all(3) == [[], [], []]
