@@ -7,14 +7,14 @@ FORMAT ?= gguf:Q4_K_M
 TO ?= ./pulled
 posttrain := .venv/bin/posttrain
 
-.PHONY: help setup run plan test test-fast test-recipes lint format bench pull up down status schema lock clean
+.PHONY: help setup run plan test test-fast test-recipes lint format bench pull up down status doctor schema lock clean
 
 help: ## Say what each target does
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 setup: .venv/.ready ## Make .venv from the lock
 
-.venv/.ready: requirements.lock pyproject.toml infra/setup.sh infra/deepspeed.lock
+.venv/.ready: requirements.lock pyproject.toml infra/setup.sh $(wildcard infra/setup/*.py infra/*.lock)
 	@infra/setup.sh
 
 run: setup ## Run RECIPE (quickstart), in its PROFILE where one is given: from data to publication
@@ -56,6 +56,9 @@ down: setup ## Stop them
 
 status: setup ## Show them
 	@$(posttrain) status
+
+doctor: setup ## Prove every native library on this machine
+	@$(posttrain) doctor
 
 schema: setup ## Write the JSON Schema that recipes point editors to
 	@$(posttrain) schema --to recipes/recipe.schema.json

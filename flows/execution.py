@@ -19,10 +19,10 @@ from registry.index import Entry
 from registry.record import Recorder, StepRecord
 from steps.artifacts import Report
 from steps.frame import Resources
-from steps.frame.hardware import gpus
 from steps.frame.keys import plain_config
 from steps.frame.launch import Launcher
 from steps.frame.spec import LOG_NAME, METRICS_NAME, PLOTS_NAME, InputSpec, StepResult, StepSpec
+from steps.runtime.gpus import gpus
 
 if TYPE_CHECKING:
     from flows.ending import Ending

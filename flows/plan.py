@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flows.graph import Graph, Node
+from flows.runtimes import Say, fault, needed, prove_unproven, unproven
 from registry.errors import RegistryError
 from registry.family import resolve
 from registry.home import Home
@@ -87,14 +88,16 @@ class Plan:
         return modules_of(step.node.kind for step in self.todo)
 
 
-def make_plan(graph: Graph, home: Home, root: Path, *, thorough: bool) -> Plan:
+def make_plan(graph: Graph, home: Home, root: Path, *, thorough: bool, say: Say = lambda _: None) -> Plan:
     """Compute every step's key and look up what is done.
 
     Args:
         graph: the checked graph.
         home: where finished steps are found.
         root: directory to which relative paths in sources refer.
-        thorough: check every byte of finished artifacts, as a run must; else only names and sizes.
+        thorough: check every byte of finished artifacts, and prove native runtimes that this machine has never called,
+            as a run must; else artifacts by names and sizes only, and runtimes by their last verdicts.
+        say: told what takes seconds.
 
     Raises:
         UserError: a source that the key depends on cannot be read.
@@ -103,6 +106,8 @@ def make_plan(graph: Graph, home: Home, root: Path, *, thorough: bool) -> Plan:
     index = Index(home.index)
     known = _Known(index, home, thorough)
     steps = {name: known.planned(node, keys[name]) for name, node in graph.nodes.items()}
+    if thorough:
+        prove_unproven((each for step in steps.values() if _is_to_run(step) for each in needed(graph, step.node)), say)
     reachable = {name: _blocked(graph, step, home, root) for name, step in steps.items()}
     return Plan(graph, reachable, registry)
 
@@ -190,7 +195,7 @@ def _fingerprint(
 
 def _blocked(graph: Graph, step: PlannedStep, home: Home, root: Path) -> PlannedStep:
     """Check what only matters for a step that is to run, here: that its sources answer and the machine has room."""
-    if step.status in ("cached", "record"):
+    if not _is_to_run(step):
         return step
     for uris in sources_of(step.node.config).values():
         for uri in uris:
@@ -213,6 +218,21 @@ def _blocked(graph: Graph, step: PlannedStep, home: Home, root: Path) -> Planned
     if why:
         said = graph.loaded.error((*step.node.place, "resources", key), why)
         return replace(step, status="blocked", reason=str(said))
+    return step if environment else _with_verdict(graph, step)
+
+
+def _is_to_run(step: PlannedStep) -> bool:
+    return step.status not in ("cached", "record")
+
+
+def _with_verdict(graph: Graph, step: PlannedStep) -> PlannedStep:
+    """Block a step of which a native runtime is broken on this machine; say of which it is not known."""
+    runtimes = needed(graph, step.node)
+    if why := fault(runtimes):
+        return replace(step, status="blocked", reason=f"{graph.loaded.file.where(step.node.place)}: {why}")
+    if open_ := unproven(runtimes):
+        said = f"{', '.join(open_)} not proven on this machine yet"
+        return replace(step, reason=f"{step.reason}; {said}" if step.reason else said)
     return step
 
 

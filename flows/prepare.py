@@ -8,11 +8,13 @@ from flows.graph import build_graph
 from flows.opponent import with_opponent
 from flows.plan import Plan, make_plan
 from flows.recipe import load_recipe
+from flows.runtimes import Say, prove_unproven
 from registry.home import Home, silence_telemetry
 from steps.frame import UserError
 from steps.frame.errors import did_you_mean
 from steps.frame.hardware import elsewhere
 from steps.frame.scale import cores
+from steps.runtime.gpus import gpus
 
 RECIPES = Path("recipes")
 _ENVIRONMENT = "${oc.env:"
@@ -41,7 +43,13 @@ def recipe_names() -> list[str]:
 
 
 def plan_recipe(
-    recipe: str, overrides: Sequence[str], *, thorough: bool, profile: str = "", home: Home | None = None
+    recipe: str,
+    overrides: Sequence[str],
+    *,
+    thorough: bool,
+    profile: str = "",
+    home: Home | None = None,
+    say: Say = lambda _: None,
 ) -> Plan:
     """Load, check and plan a recipe; relative paths in it refer to the working directory.
 
@@ -58,7 +66,7 @@ def plan_recipe(
     graph = build_graph(loaded)
     for other in sorted({"", *loaded.profiles} - {profile}):
         _check_other(path, other)
-    return make_plan(with_opponent(graph, home, Path.cwd()), home, Path.cwd(), thorough=thorough)
+    return make_plan(with_opponent(graph, home, Path.cwd()), home, Path.cwd(), thorough=thorough, say=say)
 
 
 def _check_other(path: Path, profile: str) -> None:
@@ -80,6 +88,7 @@ def prepare(
     profile: str = "",
     home: Home | None = None,
     on_progress: OnProgress | None = None,
+    say: Say = lambda _: None,
 ) -> Execution:
     """Plan a recipe for a run: every byte of what is cached has been checked.
 
@@ -88,7 +97,9 @@ def prepare(
     """
     home = home or Home.from_environment()
     clean(home)
-    plan = plan_recipe(recipe, overrides, thorough=True, profile=profile, home=home)
+    # Which precision is fast here enters the keys.
+    prove_unproven(["torch", *(["CUDA"] if gpus() else [])], say)
+    plan = plan_recipe(recipe, overrides, thorough=True, profile=profile, home=home, say=say)
     if plan.blocked:
         step = plan.blocked[0]
         raise UserError(f"step `{step.name}` cannot run: {step.reason}")

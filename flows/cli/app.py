@@ -180,6 +180,27 @@ def steps(
 
 
 @app.command()
+def doctor(
+    runtimes: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUNTIME]...", help="llama.cpp, torch, ...; all where none is named.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Prove every native library by a real call in a child process, and say what to do about those that are broken.
+
+    Exit code 1 where one is broken. `plan` and `run` read the verdicts: a step whose runtime is broken is blocked.
+    """
+    from flows.cli.doctor import doctor_table, examine
+
+    found = examine(runtimes or [])
+    if as_json:
+        print_json(found)
+    else:
+        console().print(doctor_table(found))
+    raise typer.Exit(1 if any(each["status"] == "broken" for each in found["runtimes"]) else 0)
+
+
+@app.command()
 def schema(
     to: Annotated[Path | None, typer.Option("--to", metavar="FILE", help="Write it there instead of printing.")] = None,
 ) -> None:

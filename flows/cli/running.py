@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -27,7 +28,8 @@ def run_recipe(recipe: str, overrides: Sequence[str], *, profile: str = "", publ
         UserError: the recipe is wrong, or a step cannot run here.
     """
     home = Home.from_environment()
-    execution = prepare(recipe, overrides, profile=profile, home=home)
+    say = partial(console.print, highlight=False, soft_wrap=True)
+    execution = prepare(recipe, overrides, profile=profile, home=home, say=say)
     if not execution.plan.todo and (not publish or is_current(execution)):
         for name in execution.plan.steps:
             execution.run(name)

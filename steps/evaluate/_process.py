@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import resource
-import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -11,7 +10,8 @@ from multiprocessing.connection import Connection
 from typing import Any, NoReturn, TypeVar
 
 from steps.frame import UserError
-from steps.frame.forkserver import die_with_parent
+from steps.frame.scale import die_with_parent
+from steps.runtime.death import how_it_ended
 
 T = TypeVar("T")
 Report = Callable[[float], None]
@@ -49,8 +49,7 @@ def run_in_child(name: str, work: Callable[[Report], T], on_progress: Report) ->
     except EOFError:
         process.join()
         code = process.exitcode or 0
-        how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with code {code} and no result"
-        raise RuntimeError(f"{name}: its process {how}") from None
+        raise RuntimeError(f"{name}: its process {how_it_ended(code)}" + ("" if code else " and no result")) from None
     finally:
         process.join()
         receiver.close()

@@ -30,7 +30,7 @@ class EvaluateBest(StepConfig):
     """Choose the lowest value (a perplexity) instead of the highest."""
 
 
-@step("evaluate.best", produces=Like("candidates"), reference="https://arxiv.org/abs/2504.15777")
+@step("evaluate.best", produces=Like("candidates"), reference="https://arxiv.org/abs/2504.15777", opens=False)
 def evaluate_best(config: EvaluateBest, job: Job) -> Draft:
     """Link the files of the best candidate; of equally good ones the first is taken."""
     names = candidate_names("evaluate.best", config.names, len(config.candidates))

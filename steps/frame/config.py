@@ -163,6 +163,19 @@ class StepConfig(BaseModel):
         """
         return ()
 
+    @property
+    def runtimes(self) -> tuple[str, ...]:
+        """Native runtimes (`posttrain doctor` lists them) that these settings call, torch and CUDA aside.
+
+        The plan blocks a step whose runtime is broken on this machine.
+        """
+        return ()
+
+    @property
+    def opened_by(self) -> tuple[str, ...]:
+        """Native runtimes by which what these settings make is opened, torch aside: steps that take it need them."""
+        return ()
+
     def check_resources(self, resources: Resources) -> None:
         """Check that what the step is granted can run these settings; steps that processes can share say so here.
 

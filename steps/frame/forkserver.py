@@ -9,6 +9,7 @@ CUDA must not be initialised before the fork, so nothing here touches a device; 
 each step gets a fresh interpreter.
 """
 
+import faulthandler
 import gc
 import importlib
 import json
@@ -149,6 +150,7 @@ def _signal_group(pid: int, number: int) -> None:
 
 def main() -> None:
     """Preload the named modules, then serve."""
+    faulthandler.enable()
     link = socket.socket(fileno=int(sys.argv[1]))
     for name in sys.argv[2:]:
         importlib.import_module(name)

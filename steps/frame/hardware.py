@@ -1,12 +1,13 @@
-"""What this machine has and computes fastest in, told from its devices and processor flags without importing torch."""
+"""What this machine computes fastest in, and whether what is read is to run on it; without importing torch."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
-from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
+
+from steps.runtime.gpus import gpus
+from steps.runtime.processor import this_processor
+from steps.runtime.verdicts import last_verdict
 
 _elsewhere: ContextVar[bool] = ContextVar("elsewhere", default=False)
 
@@ -26,28 +27,17 @@ def runs_here() -> bool:
     return not _elsewhere.get()
 
 
-def gpus() -> list[str]:
-    """Return the NVIDIA GPUs that may be used, by the names that `CUDA_VISIBLE_DEVICES` gives them."""
-    there = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None or not there:
-        return [str(number) for number in range(there)]
-    return [name for name in chosen.split(",") if name.strip() not in ("", "-1")]
-
-
-@cache
 def fast_dtype() -> Literal["bfloat16", "float32"]:
-    """Return `bfloat16` where matrix products in it are faster than in float32, else `float32`.
+    """Return the precision in which this machine multiplies matrices faster, as `posttrain doctor` measured it.
 
-    That is on GPUs, on Intel processors with AMX, and on AMD processors with AVX512-BF16 (measured: 2 to 3 times).
-    Intel's AVX512-BF16 alone is slower than float32 (measured: 54 to 89 against 130 GFLOP/s on one core).
+    Before it did, what is known of processors: bfloat16 on GPUs, on Intel's with AMX and on AMD's with AVX512-BF16
+    (measured: 2 to 3 times faster), float32 elsewhere (Intel's AVX512-BF16 alone: 54 to 89 against 130 GFLOP/s on one
+    core). It enters the keys of the steps that compute in it.
     """
-    if any(Path("/dev").glob("nvidia[0-9]*")):
-        return "bfloat16"
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return "float32"
-    flags = set(next((line for line in text.splitlines() if line.startswith("flags")), "").split())
-    amd = "AuthenticAMD" in text and "avx512_bf16" in flags
-    return "bfloat16" if amd or "amx_bf16" in flags else "float32"
+    verdict = last_verdict("CUDA" if gpus() else "torch")
+    measured = verdict.facts.get("fast_dtype") if verdict and verdict.status == "works" else None
+    if measured in ("bfloat16", "float32"):
+        return cast(Literal["bfloat16", "float32"], measured)
+    processor = this_processor()
+    fast = (processor.is_amd and "avx512_bf16" in processor.features) or "amx_bf16" in processor.features
+    return "bfloat16" if gpus() or fast else "float32"

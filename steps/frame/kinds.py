@@ -21,7 +21,7 @@ C = TypeVar("C", bound=StepConfig)
 
 ABSENT = "absent"
 # Packages of `steps` that hold the frame and what step kinds share, not step kinds.
-_NOT_KINDS = {"artifacts", "frame", "sources", "lm"}
+_NOT_KINDS = {"artifacts", "frame", "runtime", "sources", "lm"}
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class StepKind:
     resources: Resources
     environment: str
     """Name of the environment it runs in; empty is the project's own."""
+    opens: bool = True
+    """Whether it opens the models among its inputs, so that it needs the native runtimes that open them."""
     edges: Mapping[str, EdgeSpec] = field(default_factory=dict)
 
     @property
@@ -103,6 +105,7 @@ def step(
     preload: tuple[str, ...] = (),
     resources: Resources | None = None,
     environment: str = "",
+    opens: bool = True,
 ) -> Callable[[Callable[[C, Any], Any]], Callable[[C, Any], Any]]:
     """Register the decorated function as a step kind.
 
@@ -127,6 +130,7 @@ def step(
             preload=preload,
             resources=resources or Resources(cpus=1),
             environment=environment,
+            opens=opens,
             edges=edges_of(config),
         )
         return run

@@ -14,8 +14,12 @@ from typing import Any
 
 from steps.frame.scale import environment, launch_command, open_to_nodes
 from steps.frame.spec import LOG_NAME, PROGRESS_NAME, RESULT_NAME, SPEC_NAME, StepResult, StepSpec
+from steps.runtime.death import fatal_library, how_it_ended, last_words
+from steps.runtime.proof import all_proofs
 
 OnProgress = Callable[[Mapping[str, Any]], None]
+_TAIL = 65536
+"""Bytes of a log in which a death is looked for."""
 
 
 class Launcher:
@@ -35,6 +39,7 @@ class Launcher:
         self._server: subprocess.Popen[bytes] | None = None
         self._link: socket.socket | None = None
         self._gone = False
+        self._server_log_began = 0
 
     def warm_up(self) -> None:
         """Start the fork server if it is not running yet; returns at once."""
@@ -46,6 +51,7 @@ class Launcher:
             command = [sys.executable, "-m", "steps.frame.forkserver", str(theirs.fileno()), *self._preload]
             surroundings = environment()
             with self._log.open("ab") as log:
+                self._server_log_began = log.tell()
                 log.write(f"GOMP_SPINCOUNT={surroundings['GOMP_SPINCOUNT']}\n".encode())
                 log.flush()
                 self._server = subprocess.Popen(
@@ -73,6 +79,7 @@ class Launcher:
         spec.work.mkdir(parents=True, exist_ok=True)
         for name in (RESULT_NAME, PROGRESS_NAME):
             (spec.work / name).unlink(missing_ok=True)
+        log_began = _size(spec.work / LOG_NAME)
         path = spec.work / SPEC_NAME
         path.write_text(spec.model_dump_json())
         self.warm_up()
@@ -82,7 +89,15 @@ class Launcher:
         with open_to_nodes(spec):
             self._send({"id": job, "spec": str(path), "command": command})
             message = self._wait(job, spec, on_progress)
-        return _read_result(spec, message)
+        if message.get("server"):
+            return StepResult(status="failed", message=self._server_end())
+        return _read_result(spec, message, log_began)
+
+    def _server_end(self) -> str:
+        """Say how the fork server ended, in which the libraries of all steps are loaded."""
+        server = self._server
+        code = server.wait(timeout=5) if server else 0
+        return _told(f"the fork server {how_it_ended(code)}", self._log, self._server_log_began)
 
     def close(self) -> None:
         """End the fork server and every step with it."""
@@ -146,21 +161,58 @@ class Launcher:
                 self._changed.notify_all()
 
 
-def _read_result(spec: StepSpec, message: Mapping[str, Any]) -> StepResult:
-    path = spec.work / RESULT_NAME
+def _read_result(spec: StepSpec, message: Mapping[str, Any], log_began: int) -> StepResult:
+    """Read what became of a step; where its process or a child of it died, say of what and in which library.
+
+    Args:
+        spec: the step.
+        message: what the fork server says of its process.
+        log_began: where in the step's log this attempt begins.
+    """
+    path, log = spec.work / RESULT_NAME, spec.work / LOG_NAME
     if path.exists():
-        return StepResult.model_validate_json(path.read_bytes())
+        result = StepResult.model_validate_json(path.read_bytes())
+        if result.status == "failed" and fatal_library(_tail(log, log_began)):
+            return result.model_copy(update={"message": _told(result.message, log, log_began)})
+        return result
     code = int(message["code"])
     if message.get("timeout"):
         why = f"killed after its timeout of {spec.resources.timeout_minutes:g} minutes"
-    elif message.get("server"):
-        why = "the fork server ended"
-    elif code < 0:
-        why = f"its process died of {signal.Signals(-code).name}"
     else:
-        why = f"its process ended with code {code} and no result"
+        why = f"its process {how_it_ended(code)}" + ("" if code < 0 else " and no result")
     peak = int(message.get("peak_memory", 0))
-    return StepResult(status="failed", message=f"{why}; see {spec.work / LOG_NAME}", peak_memory=peak)
+    return StepResult(status="failed", message=_told(why, log, log_began), peak_memory=peak)
+
+
+def _told(why: str, log: Path, began: int) -> str:
+    """Add to what happened the native library in play, what is to be done, the last lines of the log, and its place."""
+    text = _tail(log, began)
+    parts = [why]
+    if library := fatal_library(text):
+        parts[0] += f" in {library}"
+        runtimes = [proof.runtime for proof in all_proofs().values() if proof.module == library]
+        if runtimes:
+            parts.append(f"`posttrain doctor {runtimes[0]}` tells whether it works on this machine")
+    if words := last_words(text):
+        parts.append("it last said: " + " | ".join(words))
+    return "; ".join([*parts, f"see {log}"])
+
+
+def _tail(log: Path, began: int) -> str:
+    """Return what a log says from `began` on, its last 64 KB at most."""
+    try:
+        with log.open("rb") as stream:
+            stream.seek(max(began, _size(log) - _TAIL))
+            return stream.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _read_progress(work: Path) -> Mapping[str, Any]:

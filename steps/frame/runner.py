@@ -1,6 +1,7 @@
 """Run one step in this process: resolve its inputs, call it, digest and publish what it returns."""
 
 import errno
+import faulthandler
 import logging
 import os
 import resource
@@ -32,6 +33,8 @@ def run_step(spec: StepSpec) -> StepResult:
     the traceback (the whole of it is in the log).
     """
     began = time.perf_counter()
+    # Where a native library dies, the log tells which Python frames had called it.
+    faulthandler.enable()
     rank = rank_of(spec)
     level = logging.WARNING if rank else logging.INFO
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)

@@ -24,8 +24,8 @@ import psutil
 
 from steps.frame.config import Resources
 from steps.frame.errors import UserError
-from steps.frame.hardware import gpus
 from steps.frame.spec import RESULT_NAME, SPEC_NAME, StepResult, StepSpec
+from steps.runtime.gpus import gpus
 
 PROFILES = Path(__file__).parents[2] / "infra" / "accelerate"
 DEEPSPEED = Path(sys.prefix) / "share" / "posttrain" / "deepspeed"

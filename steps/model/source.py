@@ -21,6 +21,11 @@ class ModelSource(StepConfig):
     licence: str | None = None
     """SPDX name; by default what a GGUF file or a registered model states of itself."""
 
+    @property
+    def runtimes(self) -> tuple[str, ...]:
+        """llama.cpp tells the tokens of a GGUF's tokenizer, with which the rebuilt one is compared."""
+        return ("llama.cpp",) if self.uri.lower().endswith(".gguf") else ()
+
 
 @step(
     "model.source",

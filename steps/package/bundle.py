@@ -47,6 +47,7 @@ class Bundle(StepConfig):
     produces=Package,
     reference="https://huggingface.co/docs/hub/model-cards",
     resources=Resources(cpus=1),
+    opens=False,
 )
 def bundle(config: Bundle, job: Job) -> Draft:
     """Link the members' files, write the card, write the checksums."""

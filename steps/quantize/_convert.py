@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from steps.frame.errors import UserError
 from steps.quantize._pre_tokenizer import pre_tokenizer_name
+from steps.runtime.death import how_it_ended
 
 _UNKNOWN_PRE_TOKENIZER = 3
 _UNKNOWN_ARCHITECTURE = 4
@@ -93,9 +94,7 @@ def convert(
     if done.returncode == _UNKNOWN_ARCHITECTURE:
         raise UserError(f"{model / 'config.json'}: llama.cpp's converter does not know this architecture")
     if done.returncode:
-        raise RuntimeError(
-            f"llama.cpp's converter ended with code {done.returncode}; its traceback is in the step's log"
-        )
+        raise RuntimeError(f"llama.cpp's converter {how_it_ended(done.returncode)}; its traceback is in the step's log")
     return request.out, json.loads(request.tensors.read_text())
 
 

@@ -51,6 +51,16 @@ class QuantizeGguf(StepConfig):
     name: str = Field(default="model", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the model in the file, and of the file: `NAME-SCHEME.gguf`."""
 
+    @property
+    def runtimes(self) -> tuple[str, ...]:
+        """llama.cpp quantizes, and proves what it wrote."""
+        return ("llama.cpp",)
+
+    @property
+    def opened_by(self) -> tuple[str, ...]:
+        """llama.cpp."""
+        return ("llama.cpp",)
+
 
 @step(
     "quantize.gguf",

@@ -48,6 +48,11 @@ class QuantizeGptq(StepConfig):
     calibration_tokens: int = Field(default=512, ge=16)
     """Most tokens of each row."""
 
+    @property
+    def runtimes(self) -> tuple[str, ...]:
+        """GPTQModel quantizes; what it wrote is unpacked and opened without it."""
+        return ("GPTQModel",)
+
 
 @step(
     "quantize.gptq",

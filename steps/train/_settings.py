@@ -77,6 +77,17 @@ class Training(StepConfig):
                 "optimizer: 8-bit AdamW cannot step weights that `launch: fsdp2` divides; use adamw, or launch: zero2"
             )
 
+    @property
+    def runtimes(self) -> tuple[str, ...]:
+        """bitsandbytes, where it holds the base in 4 bits or steps the weights in 8."""
+        return ("bitsandbytes",) if self.optimizer == "adamw_8bit" else self.opened_by
+
+    @property
+    def opened_by(self) -> tuple[str, ...]:
+        """bitsandbytes, where the base of the adapter is in 4 bits."""
+        four_bit = not isinstance(self.adapter, Full) and self.adapter.four_bit
+        return ("bitsandbytes",) if four_bit else ()
+
     def produced(self) -> type[Artifact]:
         """Kind of the output: it depends on what is trained."""
         return Model if isinstance(self.adapter, Full) else Adapter

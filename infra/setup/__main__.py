@@ -1,0 +1,169 @@
+"""`python -m infra.setup`, by `make setup`: every stage, the independent ones at once, then the proofs."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from infra.setup.llama_cpp import Builder
+from infra.setup.stages import StageFailed, Stages
+from steps.runtime.processor import this_processor
+
+ROOT = Path.cwd()
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+SHARE = VENV / "share" / "posttrain"
+LOCK = ROOT / "requirements.lock"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "posttrain"
+BINDING = "llama_cpp_python"
+PIP = [PYTHON, "-m", "pip", "--disable-pip-version-check", "--no-input"]
+
+
+def main() -> int:
+    """Set up; return 0 if all that everything needs is there, 1 where it is not."""
+    began = time.monotonic()
+    print(
+        f"setting up .venv for {this_processor().model} (some minutes the first time; logs in .venv/logs)", flush=True
+    )
+    stages = Stages(VENV / "logs")
+    try:
+        _make_venv(stages)
+        with ThreadPoolExecutor(2) as pool:
+            llama_cpp = pool.submit(_build_llama_cpp, stages)
+            pool.submit(_install_packages, stages).result()
+            wheel = llama_cpp.result()
+        _install_binding(stages, wheel)
+        _prove(stages)
+    except StageFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    (VENV / ".ready").touch()
+    stages.say(f"{'ready':<52} {time.monotonic() - began:6.1f} s")
+    return 0
+
+
+def locked(name: str) -> str:
+    """Return the version of a package in the lock."""
+    return next(line.partition("==")[2] for line in LOCK.read_text().splitlines() if line.startswith(f"{name}=="))
+
+
+def _make_venv(stages: Stages) -> None:
+    if not PYTHON.exists():
+        with stages.stage("environment"):
+            venv.create(VENV, with_pip=True, symlinks=True)
+
+
+def _install_packages(stages: Stages) -> None:
+    """Install the lock, llama.cpp's binding excepted; torch's libraries for GPUs; posttrain; DeepSpeed beside them."""
+    with stages.stage("Python packages") as log, tempfile.TemporaryDirectory() as scratch:
+        lines = [line for line in LOCK.read_text().splitlines() if not line.startswith(f"{BINDING}==")]
+        rest = Path(scratch) / "rest.lock"
+        rest.write_text("\n".join(lines) + "\n")
+        # Ten packages come as source; an environment of its own for the build of each would take half a minute in all.
+        log.run([*PIP, "install", "--no-deps", *(f"{name}=={locked(name)}" for name in ("setuptools", "packaging"))])
+        log.run([*PIP, "install", "--no-deps", "--no-build-isolation", "-r", rest])
+        # The lock holds what every machine needs. A build of torch for GPUs needs NVIDIA's libraries, too.
+        log.run([*PIP, "install", "--constraint", LOCK, f"torch=={locked('torch')}"])
+        log.run([*PIP, "install", "--no-deps", "--no-build-isolation", "-e", ROOT])
+    # Not among the other packages: where accelerate finds DeepSpeed it imports it in every training.
+    beside, wanted = SHARE / "deepspeed", (ROOT / "infra" / "deepspeed.lock").read_bytes()
+    if not (beside / "LOCK").exists() or (beside / "LOCK").read_bytes() != wanted:
+        with stages.stage("DeepSpeed") as log:
+            log.run(["rm", "-rf", beside])
+            options = ["--no-deps", "--no-build-isolation", "--target", beside]
+            log.run([*PIP, "install", *options, "-r", "infra/deepspeed.lock"], DS_BUILD_OPS="0")
+            (beside / "LOCK").write_bytes(wanted)
+
+
+def _build_llama_cpp(stages: Stages) -> Path | None:
+    """Return the wheel of llama.cpp's binding, built now where none is there of exactly this; place its converter.
+
+    None where it does not compile: all else works without it.
+    """
+    builder = Builder(PYTHON, locked(BINDING), this_processor(), CACHE / "llama.cpp")
+    wheel, share = builder.cached(), SHARE / "llama.cpp"
+    is_placed = (share / "VERSION").exists() and (share / "VERSION").read_text().strip() == builder.version
+    if wheel and is_placed:
+        return wheel
+    try:
+        with stages.stage("llama.cpp, compiled for any processor") as log, _scratch() as scratch:
+            source = builder.fetch(scratch, log)
+            _place_converter(source / "vendor" / "llama.cpp", share, builder.version)
+            return wheel or builder.build(source, log)
+    except StageFailed as error:
+        stages.say(f"llama.cpp is missing, so steps that need it will not run; all others do: {error}")
+        return None
+
+
+def _place_converter(llama: Path, share: Path, version: str) -> None:
+    """Keep the converter to GGUF and the gguf library it needs, which come with this source only."""
+    partial = share.with_name("llama.cpp.partial")
+    subprocess.run(["rm", "-rf", partial, share], check=True)
+    partial.mkdir(parents=True)
+    parts = [llama / name for name in ("convert_hf_to_gguf.py", "conversion", "gguf-py", "LICENSE")]
+    subprocess.run(["cp", "-r", *parts, partial], check=True)
+    (partial / "VERSION").write_text(version)
+    partial.replace(share)
+
+
+def _install_binding(stages: Stages, wheel: Path | None) -> None:
+    """Install the wheel, if it is another than what is installed, and check that all packages fit together."""
+    placed = SHARE / "llama.cpp" / "WHEEL"
+    with stages.stage("all packages together") as log:
+        if wheel and (not placed.exists() or placed.read_text() != str(wheel)):
+            log.run([*PIP, "install", "--no-deps", "--force-reinstall", wheel])
+            placed.write_text(str(wheel))
+        if wheel:
+            log.run([*PIP, "check"])
+
+
+def _prove(stages: Stages) -> None:
+    """Call every native library in a child; what dies is made anew once, the safer way, and proven again."""
+    with stages.stage("proof of every native library"):
+        broken = _doctor()
+    for each in broken:
+        with contextlib.suppress(StageFailed), stages.stage(f"{each['runtime']} made anew") as log:
+            _make_anew(each, log)
+    for each in _doctor(*(each["runtime"] for each in broken)) if broken else []:
+        stages.say(f"{each['runtime']} does not work here, so steps that need it will not run: {each['reason']}")
+
+
+def _make_anew(verdict: dict[str, Any], log: Any) -> None:
+    """Build llama.cpp's plainest variant from scratch; fetch any other package again, past every cache."""
+    if verdict["runtime"] != "llama.cpp":
+        name = verdict["distribution"]
+        options = ["--no-deps", "--force-reinstall", "--no-cache-dir", "--constraint", LOCK]
+        return log.run([*PIP, "install", *options, name])
+    builder = Builder(PYTHON, locked(BINDING), this_processor(), CACHE / "llama.cpp-plain")
+    with _scratch() as scratch:
+        wheel = builder.build(builder.fetch(scratch, log), log, safest=True)
+        log.run([*PIP, "install", "--no-deps", "--force-reinstall", wheel])
+    return (SHARE / "llama.cpp" / "WHEEL").unlink(missing_ok=True)
+
+
+def _doctor(*runtimes: str) -> list[dict[str, Any]]:
+    """Prove the named runtimes, or all; return the verdicts of those that are broken."""
+    command = [VENV / "bin" / "posttrain", "doctor", "--json", *runtimes]
+    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        return [each for each in json.loads(done.stdout)["runtimes"] if each["status"] == "broken"]
+    except ValueError:
+        raise StageFailed(f"`posttrain doctor` ended with code {done.returncode}:\n{done.stderr[-2000:]}") from None
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="posttrain-set-up-") as folder:
+        yield Path(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

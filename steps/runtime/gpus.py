@@ -1,0 +1,30 @@
+"""The NVIDIA GPUs of this machine, told from their device files and the driver's, without importing torch."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+_DRIVER = Path("/proc/driver/nvidia")
+
+
+def gpus() -> list[str]:
+    """Return the NVIDIA GPUs that may be used, by the names that `CUDA_VISIBLE_DEVICES` gives them."""
+    there = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None or not there:
+        return [str(number) for number in range(there)]
+    return [name for name in chosen.split(",") if name.strip() not in ("", "-1")]
+
+
+def gpus_identity() -> str:
+    """Return the models of all GPUs and the driver's version as one text; empty where there is none."""
+    told = []
+    for path in sorted(_DRIVER.glob("gpus/*/information")):
+        with suppress(OSError):
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            told += [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]
+    with suppress(OSError):
+        told.append((_DRIVER / "version").read_text(encoding="utf-8", errors="replace").splitlines()[0])
+    if not told and (count := len(list(Path("/dev").glob("nvidia[0-9]*")))):
+        told.append(f"{count} GPUs")
+    return "; ".join(told)

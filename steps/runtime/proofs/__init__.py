@@ -1,0 +1,1 @@
+"""Proofs of native runtimes, one module each; see `steps.runtime.proof`."""
