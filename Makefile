@@ -2,7 +2,7 @@
 RECIPE ?= quickstart
 PROFILE ?=
 FAMILY ?= smollm2-stdlib
-BENCH ?= pico training
+BENCH ?= pico training llama.cpp
 FORMAT ?= gguf:Q4_K_M
 TO ?= ./pulled
 posttrain := .venv/bin/posttrain

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flows.graph import Graph, Node
-from flows.runtimes import Say, fault, needed, prove_unproven, unproven
+from flows.runtimes import Say, fault, imported, needed, prove_unproven, unproven
 from registry.errors import RegistryError
 from registry.family import resolve
 from registry.home import Home
@@ -107,7 +107,8 @@ def make_plan(graph: Graph, home: Home, root: Path, *, thorough: bool, say: Say 
     known = _Known(index, home, thorough)
     steps = {name: known.planned(node, keys[name]) for name, node in graph.nodes.items()}
     if thorough:
-        prove_unproven((each for step in steps.values() if _is_to_run(step) for each in needed(graph, step.node)), say)
+        todo = [step.node for step in steps.values() if _is_to_run(step)]
+        prove_unproven((name for node in todo for name in (*imported(node), *needed(graph, node))), say)
     reachable = {name: _blocked(graph, step, home, root) for name, step in steps.items()}
     return Plan(graph, reachable, registry)
 

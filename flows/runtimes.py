@@ -24,6 +24,12 @@ def needed(graph: Graph, node: Node) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def imported(node: Node) -> list[str]:
+    """Return the runtimes that a step's packages import where they are there, though its settings may not call them."""
+    wanted = {name.lower() for name in node.kind.libraries}
+    return [name for name, proof in all_proofs().items() if proof.distribution.lower() in wanted]
+
+
 def _opening(graph: Graph, node: Node) -> list[str]:
     """Return the runtimes that open what a step makes; what is only handed on is opened by what opened it before."""
     names = list(node.config.opened_by)

@@ -7,6 +7,7 @@ from pathlib import Path
 from steps.frame.runner import run_step
 from steps.frame.scale import die_with_parent
 from steps.frame.spec import StepSpec
+from steps.runtime.verdicts import hide_broken
 
 
 def main() -> int:
@@ -17,6 +18,7 @@ def main() -> int:
     if "LOCAL_RANK" in os.environ:
         # The launcher puts its processes into sessions of their own: nothing else would end them with it.
         die_with_parent()
+    hide_broken()
     spec = StepSpec.model_validate_json(Path(sys.argv[1]).read_bytes())
     result = run_step(spec)
     if result.message:

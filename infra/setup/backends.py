@@ -3,7 +3,7 @@
 Set-up builds the backend several times (`libggml-cpu-haswell.so`, ...). Each tells by itself, before it executes
 anything special, whether this processor can run it and how good it is (`ggml_backend_score`); the best is loaded.
 One that died here when it was proven is named in `lib/avoid.txt` and passed over. `POSTTRAIN_LLAMA_CPP_VARIANT=haswell`
-takes that one, whatever else is there.
+takes that one, whatever else is there. Run as a program it loads none and prints those that this processor can run.
 """
 
 import _ctypes
@@ -70,5 +70,8 @@ def _keep_quiet(ggml: ctypes.CDLL, *, quiet: bool) -> None:
 
 _silence = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
 
-loaded = load()
-"""The variant that computes in this process."""
+if __name__ == "__main__":
+    print(*variants())
+else:
+    loaded = load()
+    """The variant that computes in this process."""

@@ -19,6 +19,8 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +54,7 @@ _FLAGS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 no variant that needs a feature without a row here is ever built."""
 _COMMON = {"x86_64": "haswell", "aarch64": "armv8.2_2"}
 """The variant that most machines of the last ten years can run."""
-_LISTED = re.compile(r"^([ \t]*)(ggml_add_cpu_backend_variant\((\S+?)[ \t]*((?:[ \t]\w+)*)\))", re.MULTILINE)
+_LISTED = re.compile(r"^([ \t]*)(ggml_add_cpu_backend_variant\(([\w.]+)((?:[ \t]+\w+)*)\))", re.MULTILINE)
 _OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
     "BUILD_SHARED_LIBS": "ON",
@@ -155,8 +157,12 @@ class Builder:
         return sorted(known & self.processor.features)
 
     def cached(self) -> Path | None:
-        """Return the wheel that was built before of exactly this."""
-        return next(iter((self.cache / self.key).glob("*.whl")), None)
+        """Return the wheel that was built before of exactly this; one whose bytes were spoilt is none."""
+        wheel = next(iter((self.cache / self.key).glob("*.whl")), None)
+        try:
+            return wheel if wheel and zipfile.ZipFile(wheel).testzip() is None else None
+        except (OSError, zipfile.BadZipFile, zlib.error):
+            return None
 
     def fetch(self, scratch: Path, log: Log) -> Path:
         """Fetch the tools and the source; return the source's directory."""
@@ -183,27 +189,41 @@ class Builder:
         Raises:
             StageFailed: it does not compile.
         """
-        cmake = source / "vendor" / "llama.cpp" / "ggml" / "src" / "CMakeLists.txt"
-        listed = cmake.read_text(encoding="utf-8")
+        listed = self._list(source).read_text(encoding="utf-8")
         names = chosen_variants(listed_variants(listed, self.processor.architecture), self.processor)
         if safest:
             names = names[:1]
         try:
-            self._compile(source, listed, names, log)
+            self.compile(source, names, log)
         except StageFailed:
             if len(names) < 3:
                 raise
-            self._compile(source, listed, names[:2], log)
-        finally:
-            cmake.write_text(listed, encoding="utf-8")
+            self.compile(source, names[:2], log)
         return self._pack(source, log)
 
-    def _compile(self, source: Path, listed: str, names: Sequence[str], log: Log) -> None:
-        llama = source / "vendor" / "llama.cpp"
-        (llama / "ggml" / "src" / "CMakeLists.txt").write_text(keep_variants(listed, names), encoding="utf-8")
+    def compile(self, source: Path, names: Sequence[str], log: Log) -> None:
+        """Compile llama.cpp with the named variants, or without any; the libraries come to lie in the package.
+
+        Raises:
+            StageFailed: it does not compile.
+        """
+        llama, ggml = source / "vendor" / "llama.cpp", self._list(source)
+        listed = ggml.read_text(encoding="utf-8")
         # No arithmetic is in this part, which lays out graphs: as fast as with -O3, and compiled in 10 s less.
         if _LIGHTER not in (text := (llama / "src" / "CMakeLists.txt").read_text(encoding="utf-8")):
             (llama / "src" / "CMakeLists.txt").write_text(text + _LIGHTER, encoding="utf-8")
+        ggml.write_text(keep_variants(listed, names), encoding="utf-8")
+        try:
+            self._run_cmake(source, llama, names, log)
+        finally:
+            ggml.write_text(listed, encoding="utf-8")
+
+    @staticmethod
+    def _list(source: Path) -> Path:
+        """Return the file in which ggml lists its variants."""
+        return source / "vendor" / "llama.cpp" / "ggml" / "src" / "CMakeLists.txt"
+
+    def _run_cmake(self, source: Path, llama: Path, names: Sequence[str], log: Log) -> None:
         options = dict(_OPTIONS)
         if names:
             options |= {"GGML_BACKEND_DL": "ON", "GGML_CPU_ALL_VARIANTS": "ON"}
@@ -237,7 +257,11 @@ class Builder:
         log.run(words, **self._with_tools(source.parent))
         place = self.cache / self.key
         shutil.rmtree(place, ignore_errors=True)
-        staging.replace(place)
+        try:
+            staging.replace(place)
+        except OSError:
+            # Another set-up placed the same meanwhile.
+            shutil.rmtree(staging)
         return next(place.glob("*.whl"))
 
     @staticmethod

@@ -24,6 +24,7 @@ from typing import Any
 from steps.frame.runner import run_step
 from steps.frame.scale import die_with_parent, launcher_environment, use_devices
 from steps.frame.spec import LOG_NAME, StepSpec
+from steps.runtime.verdicts import hide_broken
 
 
 class ForkServer:
@@ -151,6 +152,7 @@ def _signal_group(pid: int, number: int) -> None:
 def main() -> None:
     """Preload the named modules, then serve."""
     faulthandler.enable()
+    hide_broken()
     link = socket.socket(fileno=int(sys.argv[1]))
     for name in sys.argv[2:]:
         importlib.import_module(name)

@@ -101,6 +101,8 @@ class Verdict(BaseModel):
     """Of the libraries that were called, see `Proof.identity`."""
     facts: Facts = {}
     """What the proof measured or found."""
+    library: str = ""
+    """The package in whose native code it died."""
     reason: str = ""
     """One sentence on why it is broken or absent."""
     advice: str = ""
@@ -125,7 +127,7 @@ def prove(proof: Proof) -> Verdict:
         wanted = f"{proof.distribution} is not installed"
         advice = f"pip install {proof.distribution}" if proof.optional else "make setup"
         return Verdict(**known, status="absent", version="", identity="", reason=wanted, advice=advice)
-    reason, facts, died = "", {}, []
+    reason, library, facts, died = "", "", {}, []
     status: Status = "broken"
     for surroundings in ({}, *proof.fallbacks()):
         outcome, told = _call(proof, surroundings)
@@ -133,7 +135,7 @@ def prove(proof: Proof) -> Verdict:
             status, facts = outcome, told
             break
         died.append(surroundings)
-        reason = reason or str(told["reason"])
+        reason, library = reason or str(told["reason"]), library or str(told["library"])
     if status == "works":
         proof.settle(died)
     if status == "absent":
@@ -144,6 +146,7 @@ def prove(proof: Proof) -> Verdict:
         version=proof.version,
         identity=proof.identity(),
         facts={} if status == "absent" else facts,
+        library=library if status == "broken" else "",
         reason=reason,
         advice=proof.advice if status == "broken" else "",
         seconds=round(time.monotonic() - began, 2),
@@ -160,14 +163,15 @@ def _call(proof: Proof, surroundings: Mapping[str, str]) -> tuple[Status, dict[s
                 options = {"stdin": subprocess.DEVNULL, "stdout": stream, "stderr": stream, "timeout": _PATIENCE}
                 code = subprocess.run(command, env={**os.environ, **surroundings}, **options).returncode
             except subprocess.TimeoutExpired:
-                return "broken", {"reason": f"it did not answer within {_PATIENCE:.0f} s"}
+                return "broken", {"reason": f"it did not answer within {_PATIENCE:.0f} s", "library": ""}
         text = log.read_text(encoding="utf-8", errors="replace")
         if code in (0, ABSENT_CODE) and answer.exists():
             return "works" if code == 0 else "absent", json.loads(answer.read_text())
         library = fatal_library(text) if code < 0 else ""
         said = next((line for line in reversed(text.splitlines()) if line.strip()), "") if code > 0 else ""
         where = f" in {library}" if library else ""
-        return "broken", {"reason": f"it {how_it_ended(code)}{where}" + (f": {said.strip()}" if said else "")}
+        reason = f"it {how_it_ended(code)}{where}" + (f": {said.strip()}" if said else "")
+        return "broken", {"reason": reason, "library": library}
 
 
 def _folders(module: str) -> list[Path]:

@@ -19,6 +19,9 @@ from steps.runtime.gpus import gpus_identity
 from steps.runtime.processor import this_processor
 from steps.runtime.proof import Proof, Verdict, all_proofs, prove
 
+_ALWAYS = "torch"
+"""The package without which nothing works: it is never hidden."""
+
 
 def folder() -> Path:
     """Return where verdicts lie: in the environment, or in the user's cache where that cannot be written."""
@@ -49,8 +52,25 @@ def prove_and_keep(runtimes: Iterable[str]) -> list[Verdict]:
     return [found[proof.runtime] for proof in chosen]
 
 
+def hide_broken(but: str = "") -> None:
+    """Keep this process from importing packages whose runtime is broken here, one runtime's own excepted.
+
+    peft imports bitsandbytes, if it is there, and dies with it, whatever is trained; told that it is not there, it does
+    without. Call it before anything heavy is imported.
+    """
+    for proof in all_proofs().values():
+        verdict = last_verdict(proof.runtime) if proof.runtime != but else None
+        if verdict and verdict.status == "broken" and proof.module != _ALWAYS:
+            sys.modules.setdefault(proof.module, None)  # pyright: ignore[reportArgumentType]
+
+
 def _prove_and_keep(proof: Proof) -> Verdict:
     earlier, verdict = last_verdict(proof.runtime), prove(proof)
+    if others := [other for other in all_proofs().values() if other.module == verdict.library != proof.module]:
+        # It died of what it imports: that is broken, and this may do without.
+        for other in others:
+            _prove_and_keep(other)
+        verdict = prove(proof)
     if earlier and verdict.facts and "fast_dtype" in earlier.facts:
         # Measured once: a choice that wavers would change the keys of steps.
         facts = {**verdict.facts, "fast_dtype": earlier.facts["fast_dtype"]}

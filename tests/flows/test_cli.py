@@ -12,7 +12,8 @@ from flows.recipe import load_recipe
 from flows.schema import recipe_schema
 from tests.flows.command import ROOT, Command
 
-COMMANDS = ("plan", "run", "ls", "show", "pull", "rollback", "steps", "schema", "up", "down", "join", "status")
+COMMANDS = ("plan", "run", "ls", "show", "pull", "rollback", "steps", "doctor", "schema")
+SERVICE_COMMANDS = ("up", "down", "join", "status")
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def command(tmp_path: Path) -> Command:
     return Command(tmp_path / "home")
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [*COMMANDS, *SERVICE_COMMANDS])
 def test_every_command_has_help(command: Command, name: str) -> None:
     ended = command(name, "--help")
     assert ended.code == 0

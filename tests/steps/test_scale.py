@@ -22,7 +22,6 @@ from registry.home import Home
 from steps.artifacts import Dataset, DatasetFacts
 from steps.frame import Resources, UserError
 from steps.frame.config import Launch
-from steps.frame.hardware import gpus
 from steps.frame.scale import (
     DEEPSPEED,
     busy_cores,
@@ -35,6 +34,7 @@ from steps.frame.scale import (
     threads,
 )
 from steps.lm.kept import Kept
+from steps.runtime.gpus import gpus
 from tests.conftest import Bench
 from tests.steps.conftest import curve, publish
 

@@ -34,9 +34,11 @@ def _libraries() -> Path | None:
 
 def _fallbacks() -> Sequence[Mapping[str, str]]:
     """Return the processor backends that this machine can run, the better first."""
-    code = "from llama_cpp import _backends; print(*_backends.variants())"
-    environment = {name: value for name, value in os.environ.items() if name != VARIANT}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    found = importlib.util.find_spec("llama_cpp")
+    places = found.submodule_search_locations if found else None
+    if not places or VARIANT in os.environ:
+        return []
+    done = subprocess.run([sys.executable, Path(places[0]) / "_backends.py"], capture_output=True, text=True)
     return [{VARIANT: name} for name in done.stdout.split()]
 
 

@@ -8,6 +8,7 @@ PROOF = Proof(
     module="torch",
     libraries=("_C*.so", "lib/*.so*"),
     measures=True,
+    variables=("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"),
     serves="every step that loads a model",
     advice="install a build of torch for this processor",
 )

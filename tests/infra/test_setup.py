@@ -1,0 +1,244 @@
+"""Set-up: which variants of llama.cpp are built for which processor, whose wheel is taken, what a user is shown."""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from infra.setup.llama_cpp import Builder, chosen_variants, keep_variants, listed_variants
+from infra.setup.stages import StageFailed, Stages
+from steps.runtime.processor import Processor, this_processor
+from tests.flows.command import ROOT
+
+# As ggml 0.25 lists them in `ggml/src/CMakeLists.txt`, Android's and Apple's shortened.
+LISTED = """
+function(ggml_add_cpu_backend_variant tag_name)
+        ggml_add_cpu_backend_variant(x64)
+        ggml_add_cpu_backend_variant(sse42              SSE42)
+        ggml_add_cpu_backend_variant(sandybridge        SSE42 AVX)
+            ggml_add_cpu_backend_variant(ivybridge      SSE42 AVX F16C)
+            ggml_add_cpu_backend_variant(piledriver     SSE42 AVX F16C FMA)
+        ggml_add_cpu_backend_variant(haswell            SSE42 AVX F16C FMA AVX2 BMI2)
+        ggml_add_cpu_backend_variant(skylakex           SSE42 AVX F16C FMA AVX2 BMI2 AVX512)
+        ggml_add_cpu_backend_variant(cannonlake         SSE42 AVX F16C FMA AVX2 BMI2 AVX512 AVX512_VBMI)
+        ggml_add_cpu_backend_variant(cascadelake        SSE42 AVX F16C FMA AVX2 BMI2 AVX512 AVX512_VNNI)
+        ggml_add_cpu_backend_variant(icelake            SSE42 AVX F16C FMA AVX2 BMI2 AVX512 AVX512_VBMI AVX512_VNNI)
+            ggml_add_cpu_backend_variant(cooperlake     SSE42 AVX F16C FMA AVX2 BMI2 AVX512 AVX512_VNNI AVX512_BF16)
+            ggml_add_cpu_backend_variant(zen4           SSE42 AVX F16C FMA AVX2 BMI2 AVX512 AVX512_VBMI AVX512_VNNI AVX512_BF16)
+        ggml_add_cpu_backend_variant(alderlake          SSE42 AVX F16C FMA AVX2 BMI2 AVX_VNNI)
+            ggml_add_cpu_backend_variant(sapphirerapids SSE42 AVX F16C FMA AVX2 BMI2 AVX512 AVX512_VBMI AVX512_VNNI AVX512_BF16 AMX_TILE AMX_INT8)
+            ggml_add_cpu_backend_variant(armv8.0_1)
+            ggml_add_cpu_backend_variant(armv8.2_1    DOTPROD)
+            ggml_add_cpu_backend_variant(armv8.2_2    DOTPROD FP16_VECTOR_ARITHMETIC)
+            ggml_add_cpu_backend_variant(armv8.2_3    DOTPROD FP16_VECTOR_ARITHMETIC SVE)
+            ggml_add_cpu_backend_variant(armv8.6_1    DOTPROD FP16_VECTOR_ARITHMETIC SVE MATMUL_INT8)
+            ggml_add_cpu_backend_variant(armv8.6_2    DOTPROD FP16_VECTOR_ARITHMETIC SVE MATMUL_INT8 SVE2)
+            ggml_add_cpu_backend_variant(armv9.2_1    DOTPROD FP16_VECTOR_ARITHMETIC SVE MATMUL_INT8 SME)
+            ggml_add_cpu_backend_variant(android_armv8.0_1)
+            ggml_add_cpu_backend_variant(android_armv8.2_1    DOTPROD)
+            ggml_add_cpu_backend_variant(apple_m1             DOTPROD)
+        ggml_add_cpu_backend_variant(power0)
+            ggml_add_cpu_backend_variant(power8_2       POWER8  VSX)
+"""  # noqa: E501
+V2 = "sse4_2"
+V3 = f"{V2} avx f16c fma avx2 bmi2"
+V4 = f"{V3} avx512f avx512cd avx512vl avx512dq avx512bw"
+AMX = "amx_tile amx_int8 amx_bf16"
+
+
+def processor(flags: str, architecture: str = "x86_64") -> Processor:
+    return Processor(architecture, "a processor", frozenset(flags.split()))
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ("", ["x64", "haswell"]),
+        (V2, ["x64", "haswell", "sse42"]),
+        (f"{V2} avx", ["x64", "haswell", "sandybridge"]),
+        (V3, ["x64", "haswell"]),
+        (f"{V3} avx_vnni", ["x64", "haswell", "alderlake"]),
+        (V4, ["x64", "haswell", "skylakex"]),
+        (f"{V4} avx512_vnni", ["x64", "haswell", "cascadelake"]),
+        (f"{V4} avx512_vnni avx512vbmi avx512_bf16", ["x64", "haswell", "zen4"]),
+        (f"{V4} avx512_vnni avx512vbmi avx512_bf16 avx_vnni {AMX}", ["x64", "haswell", "zen4"]),
+    ],
+)
+def test_each_processor_gets_the_plain_the_common_and_its_best_variant(flags: str, names: Sequence[str]) -> None:
+    assert chosen_variants(listed_variants(LISTED, "x86_64"), processor(flags)) == names
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ("fp asimd", ["armv8.0_1", "armv8.2_2"]),
+        ("fp asimd asimddp asimdhp fphp", ["armv8.0_1", "armv8.2_2"]),
+        ("fp asimd asimddp asimdhp fphp sve i8mm sve2 sme", ["armv8.0_1", "armv8.2_2", "armv8.6_2"]),
+    ],
+)
+def test_arm_gets_its_variants(flags: str, names: Sequence[str]) -> None:
+    assert chosen_variants(listed_variants(LISTED, "aarch64"), processor(flags, "aarch64")) == names
+
+
+def test_other_architectures_get_the_build_without_variants() -> None:
+    assert listed_variants(LISTED, "riscv64") == []
+    assert chosen_variants([], processor("", "riscv64")) == []
+
+
+def test_no_variant_with_amx_is_ever_built() -> None:
+    for architecture in ("x86_64", "aarch64"):
+        every = listed_variants(LISTED, architecture)
+        assert every
+        assert not any("AMX" in feature or feature == "SME" for each in every for feature in each.features)
+
+
+def test_only_the_chosen_variants_stay_in_ggmls_list() -> None:
+    kept = keep_variants(LISTED, ["x64", "zen4"])
+    lines = [line.strip() for line in kept.splitlines() if line.strip().startswith("ggml_add")]
+    assert [line.split("(")[1].split()[0].rstrip(")") for line in lines] == ["x64", "zen4"]
+    assert kept.count("\n") == LISTED.count("\n")
+
+
+def test_a_wheel_is_taken_only_where_all_that_shapes_it_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CMAKE_ARGS", raising=False)
+    ours = Builder(Path(sys.executable), "0.3.36", processor(V3), tmp_path)
+    (tmp_path / ours.key).mkdir()
+    wheel = tmp_path / ours.key / "llama_cpp_python.whl"
+    with zipfile.ZipFile(wheel, "w") as stream:
+        stream.writestr("library", "a" * 1000)
+    assert ours.cached()
+    assert dataclasses.replace(ours, processor=processor(f"{V3} rdtscp")).cached(), "no variant depends on this flag"
+    assert not dataclasses.replace(ours, processor=processor(V4)).cached()
+    assert not dataclasses.replace(ours, processor=processor(V2)).cached()
+    assert not dataclasses.replace(ours, processor=processor(V3, "aarch64")).cached()
+    assert not dataclasses.replace(ours, version="0.3.37").cached()
+    monkeypatch.setenv("CMAKE_ARGS", "-DGGML_CUDA=ON")
+    assert not ours.cached()
+    monkeypatch.delenv("CMAKE_ARGS")
+    compiler = tmp_path / "other-compiler"
+    compiler.write_text("#!/bin/sh\necho another compiler\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert not ours.cached()
+    monkeypatch.delenv("CXX")
+    assert ours.cached()
+    wheel.write_bytes(wheel.read_bytes().replace(b"aaaa", b"aaab", 1))
+    assert not ours.cached(), "a spoilt wheel"
+
+
+def test_a_stage_that_fails_shows_the_end_of_its_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = Stages(tmp_path)
+    with stages.stage("what works") as log:
+        log.run(["echo", "unseen"])
+    told = "for i in $(seq 40); do echo WARNING: Location $i is ignored; echo line $i; done; exit 3"
+    with pytest.raises(StageFailed) as caught, stages.stage("what fails") as log:
+        log.run(["sh", "-c", told])
+    message = str(caught.value)
+    assert message.startswith("what fails: `sh ...` ended with code 3; the end of ")
+    assert "  line 40" in message and "  line 26" in message and "line 25" not in message
+    assert "WARNING" not in message
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 2, "a line a stage"
+    assert shown[0].startswith("what works  ") and shown[0].endswith(" s")
+    assert shown[1].startswith("what fails  ") and "failed after" in shown[1]
+    assert "unseen" in (tmp_path / "what-works.log").read_text()
+
+
+def test_without_a_compiler_set_up_ends_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "dirname").symlink_to(str(shutil.which("dirname")))
+    environment = {"PATH": str(tmp_path), "PYTHON": sys.executable}
+    command = [str(shutil.which("bash")), str(ROOT / "infra" / "setup.sh")]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: no C++ compiler")
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source of llama-cpp-python, with the tools that build it."""
+    version = next(
+        line.partition("==")[2]
+        for line in (ROOT / "requirements.lock").read_text().splitlines()
+        if line.startswith("llama_cpp_python==")
+    )
+    scratch = tmp_path_factory.mktemp("source")
+    builder = Builder(Path(sys.executable), version, this_processor(), scratch / "wheels")
+    with Stages(scratch / "logs").stage("fetch") as log:
+        return builder.fetch(scratch, log)
+
+
+def built(source: Path, names: Sequence[str] | None, flags: str) -> Path:
+    """Build llama.cpp for a processor, or exactly the named variants; return the folder of its libraries."""
+    scratch = source.parent
+    builder = Builder(Path(sys.executable), "0", processor(flags), scratch / "wheels")
+    with Stages(scratch / "logs").stage("build") as log:
+        if names is None:
+            wheel = builder.build(source, log)
+            target = scratch / wheel.parent.name
+            shutil.unpack_archive(wheel, target, "zip")
+            return target / "llama_cpp" / "lib"
+        builder.compile(source, names, log)
+        target = scratch / "-".join(names)
+        shutil.copytree(source / "llama_cpp" / "lib", target)
+        return target
+
+
+def proven(folder: Path, *prefix: str) -> tuple[int, str]:
+    """Prove llama.cpp with other libraries in a child; return its exit code and the variant that computed."""
+    answer = folder / "answer.json"
+    answer.unlink(missing_ok=True)
+    environment = {**os.environ, "LLAMA_CPP_LIB_PATH": str(folder)}
+    command = [*prefix, sys.executable, "-m", "steps.runtime", "llama_cpp", str(answer)]
+    code = subprocess.run(command, env=environment, capture_output=True, cwd=ROOT).returncode
+    return code, answer.read_text() if answer.exists() else ""
+
+
+@pytest.mark.recipes
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(this_processor().architecture != "x86_64", reason="imitates x86 processors")
+def test_what_is_built_for_other_processors_runs_on_them(source: Path) -> None:
+    """Without AVX512, with AVX2 only, and generic, each proven on this processor and on an imitated one."""
+    qemu = shutil.which("qemu-x86_64")
+    for flags, model, variant in ((V3, "Haswell", "haswell"), (V2, "Nehalem", "sse42"), ("", "qemu64", "x64")):
+        folder = built(source, None, flags)
+        assert proven(folder)[0] == 0
+        if qemu:
+            assert proven(folder, qemu, "-cpu", model) == (0, f'{{"variant": "{variant}"}}')
+
+
+@pytest.mark.recipes
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(this_processor().architecture != "x86_64", reason="AMX is Intel's")
+def test_amx_compiled_in_does_no_harm(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where AMX is, its decode dies and the next variant is taken; where it is not, ggml refuses the variant."""
+    from steps.runtime.proof import all_proofs, prove
+
+    folder = built(source, ["x64", "haswell", "sapphirerapids"], V4)
+    monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(folder))
+    verdict = prove(all_proofs()["llama.cpp"])
+    assert verdict.status == "works", verdict.reason
+    if "amx_int8" not in this_processor().features:
+        assert verdict.facts["variant"] in ("x64", "haswell")
+
+
+@pytest.mark.recipes
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="needs qemu-user, which imitates other processors")
+@pytest.mark.skipif("avx512f" not in this_processor().features, reason="native is no newer than what is imitated")
+def test_a_native_build_dies_elsewhere_in_the_child_that_proves_it(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CMAKE_ARGS", "-DGGML_NATIVE=ON")
+    folder = built(source, [], V4)
+    assert proven(folder) == (0, '{"variant": ""}')
+    code, _ = proven(folder, str(shutil.which("qemu-x86_64")), "-cpu", "Haswell")
+    assert code in (-4, 132), "an instruction that is missing there"

@@ -1,0 +1,285 @@
+"""Native runtimes are proven by calls in children: what dies is found and passed over; steps that die say of what."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steps.frame import hardware
+from steps.frame.hardware import fast_dtype
+from steps.frame.launch import Launcher
+from steps.runtime import verdicts
+from steps.runtime.death import fatal_library, how_it_ended, last_words
+from steps.runtime.processor import Processor, read_processor, this_processor
+from steps.runtime.proof import Verdict, all_proofs, prove
+from steps.runtime.verdicts import last_verdict, prove_and_keep
+from tests.broken import ABORT, ILLEGAL, LLAMA_CPP, compiled, llama_cpp_with
+from tests.conftest import Bench
+
+QEMU = shutil.which("qemu-x86_64")
+BUILT_IN_VARIANTS = any(LLAMA_CPP.glob("libggml-cpu-*.so"))
+
+
+def loaded_variant(folder: Path) -> str:
+    """The processor backend that a plain import of llama_cpp takes from a folder."""
+    code = "from llama_cpp import _backends; print(_backends.loaded)"
+    environment = {**os.environ, "LLAMA_CPP_LIB_PATH": str(folder)}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", all_proofs())
+def test_every_runtime_works_here_or_the_machine_lacks_what_it_is_for(runtime: str) -> None:
+    verdict = prove(all_proofs()[runtime])
+    if verdict.status == "absent":
+        assert verdict.optional
+        assert verdict.reason
+        return
+    assert verdict.status == "works", verdict.reason
+    assert verdict.version
+    assert verdict.identity == all_proofs()[runtime].identity()
+
+
+@pytest.mark.parametrize(("death", "signal"), [(ABORT, "SIGABRT"), (ILLEGAL, "SIGILL")])
+def test_a_variant_that_dies_is_passed_over_by_all_who_load_llama_cpp_afterwards(
+    death: str, signal: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = llama_cpp_with(death, tmp_path / "lib", others=True)
+    monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(folder))
+    verdict = prove(all_proofs()["llama.cpp"])
+    assert verdict.status == "works", verdict.reason
+    assert verdict.facts["variant"] != "newest"
+    assert signal in verdict.reason or platform.machine() != "x86_64"
+    assert (folder / "avoid.txt").read_text() == "newest\n"
+    assert loaded_variant(folder) == verdict.facts["variant"]
+    (folder / "libggml-cpu-newest.so").unlink()
+    assert prove(all_proofs()["llama.cpp"]).reason == ""
+    assert not (folder / "avoid.txt").exists()
+
+
+def test_a_runtime_without_a_variant_that_lives_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(llama_cpp_with(ABORT, tmp_path / "lib", others=False)))
+    verdict = prove(all_proofs()["llama.cpp"])
+    assert verdict.status == "broken"
+    assert verdict.reason == "it died of SIGABRT in llama_cpp"
+    assert verdict.advice
+
+
+def test_a_runtime_that_computes_wrongly_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second library answers for torch's: a product that is off by a tenth."""
+    site = tmp_path / "sitecustomize.py"
+    site.write_text(
+        "import sys\n"
+        "class Spoil:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'steps.runtime.torch_checks':\n"
+        "            import torch\n"
+        "            right = torch.nn.functional.linear\n"
+        "            torch.nn.functional.linear = lambda *args: right(*args) * 1.1\n"
+        "sys.meta_path.insert(0, Spoil())\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    verdict = prove(all_proofs()["torch"])
+    assert verdict.status == "broken"
+    assert "a product in torch.float32 is off by" in verdict.reason
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(QEMU is None, reason="needs qemu-user, which imitates other processors")
+@pytest.mark.skipif(platform.machine() != "x86_64" or not BUILT_IN_VARIANTS, reason="needs set-up's llama.cpp on x86")
+@pytest.mark.parametrize(("processor", "variant"), [("Haswell", "haswell"), ("Nehalem", "x64"), ("qemu64", "x64")])
+def test_llama_cpp_runs_on_an_older_processor(processor: str, variant: str, tmp_path: Path) -> None:
+    answer = tmp_path / "answer.json"
+    command = [str(QEMU), "-cpu", processor, sys.executable, "-m", "steps.runtime", "llama_cpp", str(answer)]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(answer.read_text()) == {"variant": variant}
+
+
+@pytest.mark.skipif(not BUILT_IN_VARIANTS, reason="needs set-up's llama.cpp")
+def test_a_variant_for_another_processor_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    shutil.copytree(LLAMA_CPP, tmp_path / "lib")
+    source = "int ggml_backend_score(void) { return 0; }\nvoid *ggml_backend_init(void) { abort(); return 0; }"
+    compiled(source, tmp_path / "lib" / "libggml-cpu-future.so")
+    environment = {
+        **os.environ,
+        "LLAMA_CPP_LIB_PATH": str(tmp_path / "lib"),
+        "POSTTRAIN_LLAMA_CPP_VARIANT": "future",
+    }
+    ended = subprocess.run([sys.executable, "-c", "import llama_cpp"], env=environment, capture_output=True, text=True)
+    assert "its variant `future` does not run on this processor" in ended.stderr.splitlines()[-1]
+
+
+def test_a_step_that_dies_says_of_what_in_which_library_and_what_to_do(
+    bench: Bench, pico: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(llama_cpp_with(ABORT, tmp_path / "lib", others=False)))
+    launcher = Launcher([], tmp_path / "forkserver.log")
+    alone = Bench(tmp_path / "bench", launcher)
+    alone.store = bench.store
+    try:
+        result = alone.attempt("quantize.gguf", {"model": pico}, scheme="Q8_0")
+    finally:
+        launcher.close()
+    assert result.status == "failed"
+    assert "its process died of SIGABRT in llama_cpp" in result.message
+    assert "`posttrain doctor llama.cpp` tells whether it works on this machine" in result.message
+    assert "it last said: " in result.message
+    assert "log.txt" in result.message
+
+
+def test_a_child_of_a_step_that_dies_is_told_in_the_same_way(
+    bench: Bench, pico: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.steps.calibration_rows import publish_conversations
+
+    q8 = bench.run("quantize.gguf", {"model": pico}, scheme="Q8_0")[""]
+    rows = publish_conversations(bench.store)
+    monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(llama_cpp_with(ILLEGAL, tmp_path / "lib", others=False)))
+    launcher = Launcher([], tmp_path / "forkserver.log")
+    alone = Bench(tmp_path / "bench", launcher)
+    alone.store = bench.store
+    inputs = {"reference": pico, "candidates": [q8], "data": rows}
+    try:
+        result = alone.attempt("evaluate.compare", inputs, rows=2, generate_rows=1, names=("q8",))
+    finally:
+        launcher.close()
+    assert result.status == "failed"
+    assert "q8: its process died of SIG" in result.message
+    assert "in llama_cpp; `posttrain doctor llama.cpp`" in result.message
+
+
+def test_a_fork_server_that_dies_of_a_library_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = compiled("__attribute__((constructor)) static void die(void) { abort(); }", tmp_path / "libdying.so")
+    package = tmp_path / "site-packages" / "dying"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(f"import ctypes\nctypes.CDLL({str(library)!r})\n")
+    monkeypatch.setenv("PYTHONPATH", f"{package.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    launcher = Launcher(["dying"], tmp_path / "forkserver.log")
+    try:
+        result = Bench(tmp_path / "bench", launcher).attempt("model.pico", pretrain_steps=0)
+    finally:
+        launcher.close()
+    assert result.status == "failed"
+    assert "the fork server died of SIGABRT in dying" in result.message
+
+
+@pytest.mark.parametrize("thread", [False, True])
+def test_the_library_is_found_in_what_faulthandler_wrote(tmp_path: Path, thread: bool) -> None:
+    """Real deaths: in the thread that called, and in one that the library made, as OpenMP does."""
+    body = "static void *die(void *_) { abort(); }\n" + (
+        "void call(void) { pthread_t t; pthread_create(&t, 0, die, 0); pthread_join(t, 0); }"
+        if thread
+        else "void call(void) { die(0); }"
+    )
+    library = compiled(body, tmp_path / "libcall.so")
+    package = tmp_path / "site-packages" / "caller"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(f"import ctypes\nctypes.CDLL({str(library)!r}).call()\n")
+    code = "print('one'); print('two', flush=True); import caller"
+    environment = {**os.environ, "PYTHONPATH": str(package.parent)}
+    command = [sys.executable, "-X", "faulthandler", "-c", code]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    log = ended.stdout + ended.stderr
+    assert how_it_ended(ended.returncode) == "died of SIGABRT"
+    assert fatal_library(log) == "caller"
+    assert last_words(log) == ["one", "two"]
+
+
+def test_a_log_without_a_death_names_no_library() -> None:
+    assert fatal_library('Traceback:\n  File "/x/site-packages/torch/nn.py", line 3 in f\n') == ""
+    assert how_it_ended(3) == "ended with code 3"
+    assert how_it_ended(-200) == "died of signal 200"
+
+
+@pytest.fixture
+def own_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of verdicts of the test's own."""
+    monkeypatch.setattr(verdicts, "folder", lambda: tmp_path / "doctor")
+    return tmp_path / "doctor"
+
+
+def test_a_verdict_holds_for_the_libraries_that_were_called(
+    own_verdicts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "lib"
+    shutil.copytree(LLAMA_CPP, folder)
+    monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(folder))
+    assert last_verdict("llama.cpp") is None
+    prove_and_keep(["llama.cpp"])
+    found = last_verdict("llama.cpp")
+    assert found and found.status == "works"
+    os.utime(next(folder.glob("*.so")))
+    assert last_verdict("llama.cpp") is None, "a library was replaced since"
+
+
+@pytest.mark.parametrize("harm", [b"", b"{", b"[1]", b"\xff\xfe"])
+def test_a_damaged_verdict_is_none(own_verdicts: Path, harm: bytes) -> None:
+    prove_and_keep(["vLLM"])
+    (path,) = own_verdicts.rglob("vllm-*.json")
+    path.write_bytes(harm)
+    assert last_verdict("vLLM") is None
+
+
+def test_another_processor_has_verdicts_of_its_own(own_verdicts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prove_and_keep(["vLLM"])
+    other = Processor("x86_64", "another", frozenset({"avx2"}))
+    monkeypatch.setattr(verdicts, "this_processor", lambda: other)
+    assert last_verdict("vLLM") is None
+
+
+def test_the_fast_precision_is_measured_once(own_verdicts: Path) -> None:
+    (first,) = prove_and_keep(["torch"])
+    (path,) = own_verdicts.rglob("torch_cpu-*.json")
+    other = {"bfloat16": "float32", "float32": "bfloat16"}[str(first.facts["fast_dtype"])]
+    path.write_text(first.model_copy(update={"facts": {**first.facts, "fast_dtype": other}}).model_dump_json())
+    (second,) = prove_and_keep(["torch"])
+    assert second.facts["fast_dtype"] == other, "a second measurement changed the keys of every training"
+    assert second.facts["float32_gflops"] != 0
+
+
+@pytest.mark.parametrize("measured", ["bfloat16", "float32"])
+def test_what_was_measured_is_what_steps_compute_in(measured: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdict = Verdict(
+        runtime="torch", distribution="torch", status="works", version="1", identity="", facts={"fast_dtype": measured}
+    )
+    monkeypatch.setattr(hardware, "last_verdict", lambda _: verdict)
+    assert fast_dtype() == measured
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "dtype"),
+    [
+        ("AMD EPYC", "avx2 avx512f avx512_bf16", "bfloat16"),
+        ("AMD EPYC", "avx2", "float32"),
+        ("Intel(R) Xeon(R)", "avx2 avx512f avx512_bf16", "float32"),
+        ("Intel(R) Xeon(R)", "avx2 avx512f avx512_bf16 amx_tile amx_bf16", "bfloat16"),
+    ],
+)
+def test_before_it_is_measured_the_processor_tells(
+    model: str, flags: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f"processor\t: 0\nmodel name\t: {model}\nflags\t\t: {flags}\n\nprocessor\t: 1\nflags\t\t: none\n"
+    monkeypatch.setattr(hardware, "last_verdict", lambda _: None)
+    monkeypatch.setattr(hardware, "gpus", list)
+    monkeypatch.setattr(hardware, "this_processor", lambda: read_processor(text, "x86_64"))
+    assert fast_dtype() == dtype
+
+
+def test_processors_differ_by_what_they_can_do() -> None:
+    arm = read_processor(
+        "processor : 0\nFeatures : fp asimd asimddp\nCPU implementer : 0x41\nCPU part : 0xd0c\n", "aarch64"
+    )
+    assert arm.features == {"fp", "asimd", "asimddp"}
+    assert arm.model == "0x41 0xd0c"
+    assert arm.level == "NEON"
+    here = this_processor()
+    assert here.identity == Processor(here.architecture, here.model, here.features).identity
+    assert here.identity != Processor(here.architecture, here.model, here.features | {"amx_tile"}).identity
