@@ -97,6 +97,7 @@ def prepare(
     """
     home = home or Home.from_environment()
     clean(home)
+    recipe_path(recipe)
     # Which precision is fast here enters the keys.
     prove_unproven(["torch", *(["CUDA"] if gpus() else [])], say)
     plan = plan_recipe(recipe, overrides, thorough=True, profile=profile, home=home, say=say)

@@ -19,15 +19,16 @@ def needed(graph: Graph, node: Node) -> list[str]:
         names += [name for parent in node.parents for name in _opening(graph, graph.nodes[parent])]
     if "torch" in node.kind.libraries:
         names.append("torch")
-    if node.resources.gpus or ("torch" in names and gpus()):
+    if node.resources.gpus:
         names.append("CUDA")
     return list(dict.fromkeys(names))
 
 
 def imported(node: Node) -> list[str]:
     """Return the runtimes that a step's packages import where they are there, though its settings may not call them."""
-    wanted = {name.lower() for name in node.kind.libraries}
-    return [name for name, proof in all_proofs().items() if proof.distribution.lower() in wanted]
+    there = {name.lower() for name in node.kind.libraries} | {name.partition(".")[0] for name in node.kind.preload}
+    named = {name: {proof.distribution.lower(), *proof.imported_by} for name, proof in all_proofs().items()}
+    return [name for name, brought in named.items() if brought & there and (name != "CUDA" or gpus())]
 
 
 def _opening(graph: Graph, node: Node) -> list[str]:

@@ -9,7 +9,8 @@ python=${PYTHON:-python3}
     echo "error: posttrain needs Python 3.11 or newer; $python is $("$python" -V). Set PYTHON=/path/to/python3.11." >&2
     exit 2
 }
-command -v "${CXX:-c++}" >/dev/null || {
+compiler=${CXX:-c++}
+command -v "${compiler%% *}" >/dev/null || {
     echo "error: no C++ compiler: llama.cpp and some packages are compiled here. Install g++ or clang++, or set CXX." >&2
     exit 2
 }

@@ -14,7 +14,7 @@ ABORT, ILLEGAL = "abort();", "__builtin_trap();"
 
 def compiled(source: str, target: Path) -> Path:
     """Compile a shared library from C."""
-    text = f"#include <stdlib.h>\n#include <pthread.h>\n{source}\n"
+    text = f"#include <signal.h>\n#include <unistd.h>\n#include <stdlib.h>\n#include <pthread.h>\n{source}\n"
     command = ["cc", "-shared", "-fPIC", "-O0", "-x", "c", "-", "-o", str(target), "-lpthread"]
     subprocess.run(command, input=text, text=True, check=True)
     return target
@@ -35,7 +35,7 @@ def llama_cpp_with(death: str, folder: Path, *, others: bool) -> Path:
         if others or not path.name.startswith("libggml-cpu-"):
             shutil.copyfile(path, folder / path.name)
     dying_variant(death, folder)
-    return folder / "site-packages"
+    return folder
 
 
 def package_with(name: str, library: str, death: str, folder: Path) -> Path:

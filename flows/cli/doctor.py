@@ -59,9 +59,10 @@ def doctor_table(found: Mapping[str, Any]) -> Group:
     table = Table("runtime", "version", "", "found", "what to do", "serves", box=None, padding=(0, 2, 0, 0))
     table.header_style = "dim"
     for row in found["runtimes"]:
-        told = row["reason"] or ", ".join(
-            f"{name.replace('_', ' ')} {value}" for name, value in row["facts"].items() if value
-        )
+        facts = [f"{name.replace('_', ' ')} {value}" for name, value in row["facts"].items() if value]
+        # What works in another variant than its best says both.
+        told = "; ".join(filter(None, [", ".join(facts), row["reason"]]))
         status = Text(row["status"], style=_COLOURS[row["status"]])
-        table.add_row(Text(row["runtime"], style="bold"), row["version"], status, told, row["advice"], row["serves"])
+        rest = (Text(text) for text in (told, row["advice"], row["serves"]))
+        table.add_row(Text(row["runtime"], style="bold"), row["version"], status, *rest)
     return Group(head, table)

@@ -28,7 +28,7 @@ def run_recipe(recipe: str, overrides: Sequence[str], *, profile: str = "", publ
         UserError: the recipe is wrong, or a step cannot run here.
     """
     home = Home.from_environment()
-    say = partial(console.print, highlight=False, soft_wrap=True)
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     execution = prepare(recipe, overrides, profile=profile, home=home, say=say)
     if not execution.plan.todo and (not publish or is_current(execution)):
         for name in execution.plan.steps:

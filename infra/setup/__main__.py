@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.setup.llama_cpp import Builder
-from infra.setup.stages import StageFailed, Stages
+from infra.setup.stages import Log, StageFailed, Stages
 from steps.runtime.processor import this_processor
 
 ROOT = Path.cwd()
@@ -22,8 +23,11 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 SHARE = VENV / "share" / "posttrain"
 LOCK = ROOT / "requirements.lock"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "posttrain"
 BINDING = "llama_cpp_python"
+COMPILED = ("PyPcre", "pycosat")
+"""Packages that are compiled here. Never from pip's cache: PyPcre is built for one processor unless told otherwise."""
+OURS_ALONE = ("LLAMA_CPP_LIB_PATH", "POSTTRAIN_LLAMA_CPP_VARIANT")
+"""Variables by which other libraries than the installed ones would be proven."""
 PIP = [PYTHON, "-m", "pip", "--disable-pip-version-check", "--no-input"]
 
 
@@ -34,17 +38,26 @@ def main() -> int:
         f"setting up .venv for {this_processor().model} (some minutes the first time; logs in .venv/logs)", flush=True
     )
     stages = Stages(VENV / "logs")
+    (VENV / ".ready").unlink(missing_ok=True)
     try:
         _make_venv(stages)
         with ThreadPoolExecutor(2) as pool:
             llama_cpp = pool.submit(_build_llama_cpp, stages)
-            pool.submit(_install_packages, stages).result()
-            wheel = llama_cpp.result()
+            try:
+                pool.submit(_install_packages, stages).result()
+                wheel = llama_cpp.result()
+            except BaseException:
+                stages.stop()
+                raise
         _install_binding(stages, wheel)
         _prove(stages)
     except StageFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        stages.stop()
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        return 130
     (VENV / ".ready").touch()
     stages.say(f"{'ready':<52} {time.monotonic() - began:6.1f} s")
     return 0
@@ -55,10 +68,26 @@ def locked(name: str) -> str:
     return next(line.partition("==")[2] for line in LOCK.read_text().splitlines() if line.startswith(f"{name}=="))
 
 
+def cache() -> Path:
+    """Return the directory of wheels that were built before; beside the packages where this user has no cache."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "posttrain"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):
+        pass
+    return SHARE / "cache"
+
+
 def _make_venv(stages: Stages) -> None:
-    if not PYTHON.exists():
+    has_pip = PYTHON.exists() and subprocess.run([PYTHON, "-c", "import pip"], capture_output=True).returncode == 0
+    if not has_pip:
         with stages.stage("environment"):
-            venv.create(VENV, with_pip=True, symlinks=True)
+            try:
+                venv.create(VENV, with_pip=True, symlinks=True)
+            except subprocess.CalledProcessError as error:
+                raise StageFailed(f"{sys.executable} cannot install pip into it; is its venv module whole?") from error
 
 
 def _install_packages(stages: Stages) -> None:
@@ -67,8 +96,9 @@ def _install_packages(stages: Stages) -> None:
         lines = [line for line in LOCK.read_text().splitlines() if not line.startswith(f"{BINDING}==")]
         rest = Path(scratch) / "rest.lock"
         rest.write_text("\n".join(lines) + "\n")
-        # Ten packages come as source; an environment of its own for the build of each would take half a minute in all.
+        # Ten packages come as source; an environment of its own for the build of each would take half a minute.
         log.run([*PIP, "install", "--no-deps", *(f"{name}=={locked(name)}" for name in ("setuptools", "packaging"))])
+        _install_compiled(log)
         log.run([*PIP, "install", "--no-deps", "--no-build-isolation", "-r", rest])
         # The lock holds what every machine needs. A build of torch for GPUs needs NVIDIA's libraries, too.
         log.run([*PIP, "install", "--constraint", LOCK, f"torch=={locked('torch')}"])
@@ -77,10 +107,22 @@ def _install_packages(stages: Stages) -> None:
     beside, wanted = SHARE / "deepspeed", (ROOT / "infra" / "deepspeed.lock").read_bytes()
     if not (beside / "LOCK").exists() or (beside / "LOCK").read_bytes() != wanted:
         with stages.stage("DeepSpeed") as log:
-            log.run(["rm", "-rf", beside])
+            shutil.rmtree(beside, ignore_errors=True)
             options = ["--no-deps", "--no-build-isolation", "--target", beside]
             log.run([*PIP, "install", *options, "-r", "infra/deepspeed.lock"], DS_BUILD_OPS="0")
             (beside / "LOCK").write_bytes(wanted)
+
+
+def _install_compiled(log: Log) -> None:
+    """Compile what is in C for any processor of this architecture, unless that was done in this environment."""
+    wanted = [f"{name}=={locked(name)}" for name in COMPILED]
+    placed = SHARE / "COMPILED"
+    if placed.exists() and placed.read_text().split() == wanted:
+        return
+    options = ["--no-deps", "--no-build-isolation", "--no-cache-dir", "--force-reinstall"]
+    log.run([*PIP, "install", *options, *wanted], PYPCRE_DISABLE_NATIVE_FLAGS="1")
+    placed.parent.mkdir(parents=True, exist_ok=True)
+    placed.write_text("\n".join(wanted))
 
 
 def _build_llama_cpp(stages: Stages) -> Path | None:
@@ -88,7 +130,7 @@ def _build_llama_cpp(stages: Stages) -> Path | None:
 
     None where it does not compile: all else works without it.
     """
-    builder = Builder(PYTHON, locked(BINDING), this_processor(), CACHE / "llama.cpp")
+    builder = Builder(PYTHON, locked(BINDING), this_processor(), cache() / "llama.cpp")
     wheel, share = builder.cached(), SHARE / "llama.cpp"
     is_placed = (share / "VERSION").exists() and (share / "VERSION").read_text().strip() == builder.version
     if wheel and is_placed:
@@ -99,18 +141,23 @@ def _build_llama_cpp(stages: Stages) -> Path | None:
             _place_converter(source / "vendor" / "llama.cpp", share, builder.version)
             return wheel or builder.build(source, log)
     except StageFailed as error:
+        if stages.commands.stopped:
+            return None
         stages.say(f"llama.cpp is missing, so steps that need it will not run; all others do: {error}")
         return None
 
 
 def _place_converter(llama: Path, share: Path, version: str) -> None:
     """Keep the converter to GGUF and the gguf library it needs, which come with this source only."""
-    partial = share.with_name("llama.cpp.partial")
-    subprocess.run(["rm", "-rf", partial, share], check=True)
-    partial.mkdir(parents=True)
-    parts = [llama / name for name in ("convert_hf_to_gguf.py", "conversion", "gguf-py", "LICENSE")]
-    subprocess.run(["cp", "-r", *parts, partial], check=True)
+    share.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix="llama.cpp.", dir=share.parent))
+    for name in ("convert_hf_to_gguf.py", "LICENSE"):
+        shutil.copyfile(llama / name, partial / name)
+    for name in ("conversion", "gguf-py"):
+        shutil.copytree(llama / name, partial / name)
     (partial / "VERSION").write_text(version)
+    partial.chmod(0o755)
+    shutil.rmtree(share, ignore_errors=True)
     partial.replace(share)
 
 
@@ -118,31 +165,36 @@ def _install_binding(stages: Stages, wheel: Path | None) -> None:
     """Install the wheel, if it is another than what is installed, and check that all packages fit together."""
     placed = SHARE / "llama.cpp" / "WHEEL"
     with stages.stage("all packages together") as log:
-        if wheel and (not placed.exists() or placed.read_text() != str(wheel)):
+        there = any(VENV.glob("lib/python*/site-packages/llama_cpp/lib/libllama.*"))
+        if wheel and not (there and placed.exists() and placed.read_text() == str(wheel)):
             log.run([*PIP, "install", "--no-deps", "--force-reinstall", wheel])
             placed.write_text(str(wheel))
         if wheel:
             log.run([*PIP, "check"])
+        else:
+            # It complains of llama.cpp, whose absence was told; whatever else it says is in the log.
+            with contextlib.suppress(StageFailed):
+                log.run([*PIP, "check"])
 
 
 def _prove(stages: Stages) -> None:
     """Call every native library in a child; what dies is made anew once, the safer way, and proven again."""
     with stages.stage("proof of every native library"):
         broken = _doctor()
-    for each in broken:
+    for each in {row["distribution"]: row for row in broken}.values():
         with contextlib.suppress(StageFailed), stages.stage(f"{each['runtime']} made anew") as log:
             _make_anew(each, log)
     for each in _doctor(*(each["runtime"] for each in broken)) if broken else []:
         stages.say(f"{each['runtime']} does not work here, so steps that need it will not run: {each['reason']}")
 
 
-def _make_anew(verdict: dict[str, Any], log: Any) -> None:
+def _make_anew(verdict: dict[str, Any], log: Log) -> None:
     """Build llama.cpp's plainest variant from scratch; fetch any other package again, past every cache."""
     if verdict["runtime"] != "llama.cpp":
         name = verdict["distribution"]
         options = ["--no-deps", "--force-reinstall", "--no-cache-dir", "--constraint", LOCK]
         return log.run([*PIP, "install", *options, name])
-    builder = Builder(PYTHON, locked(BINDING), this_processor(), CACHE / "llama.cpp-plain")
+    builder = Builder(PYTHON, locked(BINDING), this_processor(), cache() / "llama.cpp-plain")
     with _scratch() as scratch:
         wheel = builder.build(builder.fetch(scratch, log), log, safest=True)
         log.run([*PIP, "install", "--no-deps", "--force-reinstall", wheel])
@@ -150,11 +202,13 @@ def _make_anew(verdict: dict[str, Any], log: Any) -> None:
 
 
 def _doctor(*runtimes: str) -> list[dict[str, Any]]:
-    """Prove the named runtimes, or all; return the verdicts of those that are broken."""
+    """Prove the named runtimes, or all; return the verdicts of those that posttrain needs and are broken or absent."""
     command = [VENV / "bin" / "posttrain", "doctor", "--json", *runtimes]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name not in OURS_ALONE}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     try:
-        return [each for each in json.loads(done.stdout)["runtimes"] if each["status"] == "broken"]
+        told = json.loads(done.stdout)["runtimes"]
+        return [each for each in told if each["status"] != "works" and not each["optional"]]
     except ValueError:
         raise StageFailed(f"`posttrain doctor` ended with code {done.returncode}:\n{done.stderr[-2000:]}") from None
 

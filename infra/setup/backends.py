@@ -2,13 +2,16 @@
 
 Set-up builds the backend several times (`libggml-cpu-haswell.so`, ...). Each tells by itself, before it executes
 anything special, whether this processor can run it and how good it is (`ggml_backend_score`); the best is loaded.
-One that died here when it was proven is named in `lib/avoid.txt` and passed over. `POSTTRAIN_LLAMA_CPP_VARIANT=haswell`
-takes that one, whatever else is there. Run as a program it loads none and prints those that this processor can run.
+Those that died on this kind of machine when they were proven are named in a note beside them and passed over.
+`POSTTRAIN_LLAMA_CPP_VARIANT=haswell` takes that one, whatever else is there. Run as a program, this loads none and
+prints where the note lies, and the variants that this processor can run, the best first.
 """
 
 import _ctypes
 import ctypes
+import hashlib
 import os
+import platform
 from pathlib import Path
 
 VARIANT = "POSTTRAIN_LLAMA_CPP_VARIANT"
@@ -16,22 +19,31 @@ LIBRARIES = Path(os.environ.get("LLAMA_CPP_LIB_PATH") or Path(__file__).parent /
 _PREFIX = "libggml-cpu-"
 
 
-def variants(libraries: Path = LIBRARIES) -> "dict[str, int]":
-    """Return the variants that this processor can run, by name, with ggml's score of each; the best first."""
+def variants(libraries: Path = LIBRARIES, passed_over: "frozenset[str]" = frozenset()) -> "list[str]":
+    """Return the variants that this processor can run, the best first; files that cannot be opened are left out."""
     scores = {}
     for path in sorted(libraries.glob(f"{_PREFIX}*.so")):
-        library = ctypes.CDLL(str(path))
-        scores[path.stem[len(_PREFIX) :]] = library.ggml_backend_score()
-        _ctypes.dlclose(library._handle)
-    return {name: score for name, score in sorted(scores.items(), key=lambda item: -item[1]) if score > 0}
+        name = path.stem[len(_PREFIX) :]
+        if name in passed_over:
+            continue
+        try:
+            library = ctypes.CDLL(str(path))
+            scores[name] = library.ggml_backend_score()
+            _ctypes.dlclose(library._handle)
+        except (OSError, AttributeError):
+            continue
+    return [name for name, score in sorted(scores.items(), key=lambda item: -item[1]) if score > 0]
 
 
-def avoided(libraries: Path = LIBRARIES) -> "set[str]":
-    """Return the variants that died here when they were proven."""
+def note(libraries: Path = LIBRARIES) -> Path:
+    """Return where the variants that died on this kind of processor are noted."""
     try:
-        return set((libraries / "avoid.txt").read_text(encoding="utf-8").split())
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return set()
+        lines = []
+    told = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+    kind = hashlib.sha256("\n".join([platform.machine(), *sorted(told)]).encode()).hexdigest()[:16]
+    return libraries / f"avoid-{kind}.txt"
 
 
 def load(libraries: Path = LIBRARIES) -> str:
@@ -41,17 +53,18 @@ def load(libraries: Path = LIBRARIES) -> str:
     """
     if not any(libraries.glob(f"{_PREFIX}*.so")):
         return ""
-    wanted = os.environ.get(VARIANT)
-    usable = [name for name in variants(libraries) if name not in avoided(libraries)]
-    name = wanted or next(iter(usable), "")
+    name = os.environ.get(VARIANT, "")
     if not name:
-        raise ImportError(f"llama.cpp: no processor backend in {libraries} runs on this machine; run `make setup`")
+        path = note(libraries)
+        avoided = frozenset(path.read_text(encoding="utf-8", errors="replace").split() if path.is_file() else ())
+        name = next(iter(variants(libraries, avoided)), "")
+    if not name:
+        raise ImportError(f"llama.cpp: no processor backend in {libraries} runs on this machine; run infra/setup.sh")
     ggml = ctypes.CDLL(str(libraries / "libggml.so"))
     ggml.ggml_backend_load.restype = ctypes.c_void_p
     ggml.ggml_backend_load.argtypes = [ctypes.c_char_p]
-    others = [
-        path for path in libraries.glob("libggml-*.so") if not path.stem.startswith(("libggml-cpu", "libggml-base"))
-    ]
+    own = ("libggml-base", "libggml-cpu")
+    others = [path for path in libraries.glob("libggml-*.so") if not path.stem.startswith(own)]
     _keep_quiet(ggml, quiet=True)
     try:
         for path in sorted(others):
@@ -71,7 +84,7 @@ def _keep_quiet(ggml: ctypes.CDLL, *, quiet: bool) -> None:
 _silence = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
 
 if __name__ == "__main__":
-    print(*variants())
+    print(note(), *variants(), sep="\n")
 else:
     loaded = load()
     """The variant that computes in this process."""

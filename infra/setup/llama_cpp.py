@@ -14,16 +14,17 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from infra.setup.stages import Log, StageFailed
 from steps.runtime.processor import Processor
@@ -72,6 +73,8 @@ _OPTIONS = {
     # A wheel holds no symbolic links: each library has one name only.
     "CMAKE_PLATFORM_NO_VERSIONED_SONAME": "ON",
 }
+_SHAPING = re.compile(r"CMAKE_\w+|CC|CXX|(C|CXX|CPP|LD)FLAGS|GGML_\w+")
+"""Environment variables that the compilers and CMake read."""
 _LIGHTER = "\ntarget_compile_options(llama PRIVATE -O2)\n"
 
 
@@ -138,15 +141,15 @@ class Builder:
     @property
     def key(self) -> str:
         """Digest of all that shapes the wheel; a wheel of another kind of processor, or compiler, is never taken."""
-        compiler = os.environ.get("CXX", "c++")
-        told = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-        own = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+        compiler = shlex.split(os.environ.get("CXX") or "c++")
+        told = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+        own = [path.read_bytes() for path in (*sorted(Path(__file__).parent.glob("*.py")), Path("infra/build.lock"))]
         content = {
             "version": self.version,
             "processor": [self.processor.architecture, *self._shaping_flags()],
             "system": [sys.platform, *platform.libc_ver()],
             "compiler": told,
-            "arguments": os.environ.get("CMAKE_ARGS", ""),
+            "environment": {name: value for name, value in sorted(os.environ.items()) if _SHAPING.fullmatch(name)},
             "set-up": [hashlib.sha256(each).hexdigest() for each in own],
         }
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
@@ -161,7 +164,8 @@ class Builder:
         wheel = next(iter((self.cache / self.key).glob("*.whl")), None)
         try:
             return wheel if wheel and zipfile.ZipFile(wheel).testzip() is None else None
-        except (OSError, zipfile.BadZipFile, zlib.error):
+        except Exception:
+            # A spoilt archive can raise nearly anything.
             return None
 
     def fetch(self, scratch: Path, log: Log) -> Path:
@@ -173,7 +177,9 @@ class Builder:
         log.run([*pip, "download", *source, f"llama-cpp-python=={self.version}"], **self._with_tools(scratch))
         archive = next(scratch.glob("llama_cpp_python-*.tar.gz"))
         with tarfile.open(archive) as stream:
-            stream.extractall(scratch, filter="data")
+            # Python 3.11.0 to 3.11.3 know no filter; the archive is one that pip has verified.
+            options: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+            stream.extractall(scratch, **options)
         return scratch / archive.name.removesuffix(".tar.gz")
 
     def build(self, source: Path, log: Log, *, safest: bool = False) -> Path:
@@ -198,8 +204,10 @@ class Builder:
         except StageFailed:
             if len(names) < 3:
                 raise
+            # It may have been a passing fault: not kept as what fits this processor.
             self.compile(source, names[:2], log)
-        return self._pack(source, log)
+            return self._pack(source, f"{self.key}-without-{names[2]}", log)
+        return self._pack(source, self.key, log)
 
     def compile(self, source: Path, names: Sequence[str], log: Log) -> None:
         """Compile llama.cpp with the named variants, or without any; the libraries come to lie in the package.
@@ -228,7 +236,7 @@ class Builder:
         if names:
             options |= {"GGML_BACKEND_DL": "ON", "GGML_CPU_ALL_VARIANTS": "ON"}
         build = Path(tempfile.mkdtemp(prefix="build-", dir=source.parent))
-        words = [f"-D{name}={value}" for name, value in options.items()] + os.environ.get("CMAKE_ARGS", "").split()
+        words = [f"-D{name}={value}" for name, value in options.items()] + shlex.split(os.environ.get("CMAKE_ARGS", ""))
         tools = self._with_tools(source.parent)
         log.run(["cmake", "-G", "Ninja", "-S", llama, "-B", build, *words], **tools)
         # Packages are unpacked meanwhile by one process, which takes as long alone: the compilers give way to it.
@@ -241,7 +249,7 @@ class Builder:
                 shutil.copyfile(path, libraries / path.name)
         shutil.rmtree(build)
 
-    def _pack(self, source: Path, log: Log) -> Path:
+    def _pack(self, source: Path, key: str, log: Log) -> Path:
         """Pack binding and libraries, with what chooses among them, and place the wheel in one rename."""
         shutil.copyfile(Path(__file__).with_name("backends.py"), source / "llama_cpp" / "_backends.py")
         start = source / "llama_cpp" / "__init__.py"
@@ -252,16 +260,20 @@ class Builder:
         (source / ".gitignore").unlink(missing_ok=True)
         self.cache.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=self.cache))
-        pack = ["wheel", "--no-deps", "--no-build-isolation", "-C", "wheel.cmake=false", "-C", "wheel.platlib=true"]
-        words = [self.python, "-m", "pip", "--disable-pip-version-check", *pack, "-w", staging, source]
-        log.run(words, **self._with_tools(source.parent))
-        place = self.cache / self.key
-        shutil.rmtree(place, ignore_errors=True)
+        pack = ["wheel", "--no-deps", "--no-build-isolation", "-w", staging, source]
+        words = [self.python, "-m", "pip", "--disable-pip-version-check", "--no-cache-dir", *pack]
+        packer = {"SKBUILD_WHEEL_CMAKE": "false", "SKBUILD_WHEEL_PLATLIB": "true"}
+        place = self.cache / key
         try:
+            log.run(words, **self._with_tools(source.parent), **packer)
+            shutil.rmtree(place, ignore_errors=True)
             staging.replace(place)
         except OSError:
-            # Another set-up placed the same meanwhile.
-            shutil.rmtree(staging)
+            # Another set-up placed the same meanwhile, or this user may not replace what another placed.
+            if not any(place.glob("*.whl")):
+                raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
         return next(place.glob("*.whl"))
 
     @staticmethod

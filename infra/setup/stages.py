@@ -1,14 +1,15 @@
 """Stages of set-up: a line each with the time it took; what the tools print goes to logs."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 _TAIL = 15
 """Lines of a log that are shown where a stage failed."""
@@ -26,6 +27,7 @@ class Stages:
         self._logs = logs
         self._running: dict[str, float] = {}
         self._lock = threading.Lock()
+        self.commands = Running()
         self._live = sys.stdout.isatty()
         if self._live:
             threading.Thread(target=self._refresh, daemon=True, name="set-up-progress").start()
@@ -33,7 +35,7 @@ class Stages:
     @contextmanager
     def stage(self, name: str) -> Iterator["Log"]:
         """Time a stage; yields where its commands print."""
-        log = Log(self._logs / f"{name.replace(' ', '-')}.log")
+        log = Log(self._logs / f"{name.replace(' ', '-')}.log", self.commands)
         began = self._running[name] = time.monotonic()
         try:
             yield log
@@ -44,6 +46,10 @@ class Stages:
             self.say(f"{name:<52} {time.monotonic() - began:6.1f} s")
         finally:
             del self._running[name]
+
+    def stop(self) -> None:
+        """End every command that still runs, and let none begin: what they make is of no use any more."""
+        self.commands.stop()
 
     def say(self, line: str) -> None:
         """Print a line above the one that says what runs."""
@@ -59,11 +65,52 @@ class Stages:
                 print(f"\r\033[K{shown}", end="", flush=True)
 
 
+class Running:
+    """The commands that run now, so that they can be ended together."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._lock = threading.Lock()
+        self._processes: set[subprocess.Popen[bytes]] = set()
+
+    def call(self, words: Sequence[str], environment: Mapping[str, str], output: IO[bytes]) -> int:
+        """Run a command to its end, its children in a group of its own; return its exit code.
+
+        Raises:
+            StageFailed: everything was stopped.
+        """
+        with self._lock:
+            if self.stopped:
+                raise StageFailed("stopped")
+            process = subprocess.Popen(
+                words,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+            self._processes.add(process)
+        try:
+            return process.wait()
+        finally:
+            self._processes.discard(process)
+
+    def stop(self) -> None:
+        """End every command with its children, and let none begin."""
+        with self._lock:
+            self.stopped = True
+            for process in self._processes:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGTERM)
+
+
 class Log:
     """Runs commands, their output appended to a file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, running: "Running") -> None:
         self.path = path
+        self._running = running
         path.write_bytes(b"")
 
     def run(self, command: Sequence[str | Path], **environment: str) -> None:
@@ -77,8 +124,7 @@ class Log:
             stream.write(f"$ {' '.join(words)}\n".encode())
             stream.flush()
             surroundings = {**os.environ, **environment}
-            options: Any = {"stdin": subprocess.DEVNULL, "stdout": stream, "stderr": stream}
-            code = subprocess.run(words, env=surroundings, **options).returncode
+            code = self._running.call(words, surroundings, stream)
         if code:
             name = Path(words[0]).name
             raise StageFailed(f"`{name} ...` ended with code {code}; the end of {self.path}:\n{self.tail()}")

@@ -7,7 +7,7 @@ from typing import Literal, cast
 
 from steps.runtime.gpus import gpus
 from steps.runtime.processor import this_processor
-from steps.runtime.verdicts import last_verdict
+from steps.runtime.verdicts import is_broken, last_verdict
 
 _elsewhere: ContextVar[bool] = ContextVar("elsewhere", default=False)
 
@@ -34,10 +34,10 @@ def fast_dtype() -> Literal["bfloat16", "float32"]:
     (measured: 2 to 3 times faster), float32 elsewhere (Intel's AVX512-BF16 alone: 54 to 89 against 130 GFLOP/s on one
     core). It enters the keys of the steps that compute in it.
     """
-    verdict = last_verdict("CUDA" if gpus() else "torch")
+    verdict = last_verdict("CUDA" if gpus() and not is_broken("CUDA") else "torch")
     measured = verdict.facts.get("fast_dtype") if verdict and verdict.status == "works" else None
     if measured in ("bfloat16", "float32"):
         return cast(Literal["bfloat16", "float32"], measured)
     processor = this_processor()
     fast = (processor.is_amd and "avx512_bf16" in processor.features) or "amx_bf16" in processor.features
-    return "bfloat16" if gpus() or fast else "float32"
+    return "bfloat16" if fast or (gpus() and not is_broken("CUDA")) else "float32"

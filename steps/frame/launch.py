@@ -14,7 +14,7 @@ from typing import Any
 
 from steps.frame.scale import environment, launch_command, open_to_nodes
 from steps.frame.spec import LOG_NAME, PROGRESS_NAME, RESULT_NAME, SPEC_NAME, StepResult, StepSpec
-from steps.runtime.death import fatal_library, how_it_ended, last_words
+from steps.runtime.death import fatal_error, fatal_library, how_it_ended, last_words
 from steps.runtime.proof import all_proofs
 
 OnProgress = Callable[[Mapping[str, Any]], None]
@@ -172,14 +172,17 @@ def _read_result(spec: StepSpec, message: Mapping[str, Any], log_began: int) -> 
     path, log = spec.work / RESULT_NAME, spec.work / LOG_NAME
     if path.exists():
         result = StepResult.model_validate_json(path.read_bytes())
-        if result.status == "failed" and fatal_library(_tail(log, log_began)):
+        if result.status == "failed" and "died of SIG" in result.message:
             return result.model_copy(update={"message": _told(result.message, log, log_began)})
         return result
     code = int(message["code"])
     if message.get("timeout"):
         why = f"killed after its timeout of {spec.resources.timeout_minutes:g} minutes"
     else:
-        why = f"its process {how_it_ended(code)}" + ("" if code < 0 else " and no result")
+        why = f"its process {how_it_ended(code)}"
+        if code >= 0:
+            death = fatal_error(_tail(log, log_began))
+            why += " and no result" + (f", one of several died: {death}" if death else "")
     peak = int(message.get("peak_memory", 0))
     return StepResult(status="failed", message=_told(why, log, log_began), peak_memory=peak)
 
@@ -188,7 +191,7 @@ def _told(why: str, log: Path, began: int) -> str:
     """Add to what happened the native library in play, what is to be done, the last lines of the log, and its place."""
     text = _tail(log, began)
     parts = [why]
-    if library := fatal_library(text):
+    if (library := fatal_library(text)) and " died" in why and "SIGKILL" not in why:
         parts[0] += f" in {library}"
         runtimes = [proof.runtime for proof in all_proofs().values() if proof.module == library]
         if runtimes:

@@ -26,6 +26,7 @@ from steps.frame.config import Resources
 from steps.frame.errors import UserError
 from steps.frame.spec import RESULT_NAME, SPEC_NAME, StepResult, StepSpec
 from steps.runtime.gpus import gpus
+from steps.runtime.verdicts import is_broken
 
 PROFILES = Path(__file__).parents[2] / "infra" / "accelerate"
 DEEPSPEED = Path(sys.prefix) / "share" / "posttrain" / "deepspeed"
@@ -127,8 +128,9 @@ def use_devices(spec: StepSpec) -> None:
     A step that asks for none may use the machine's first, which it shares with others; of more than one the trainers
     would each take a part of the batch.
     """
-    granted = spec.devices or (gpus()[:1] if spec.resources.world == 1 else [])
-    if granted or spec.resources.world > 1:
+    broken = is_broken("CUDA")
+    granted = spec.devices or (gpus()[:1] if spec.resources.world == 1 and not broken else [])
+    if granted or broken or spec.resources.world > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(granted)
 
 

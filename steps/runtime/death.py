@@ -14,6 +14,9 @@ _FATAL = re.compile(r"^Fatal Python error: (.+)$", re.MULTILINE)
 _FRAME = re.compile(r'^  File "([^"]+)", line \d+ in ', re.MULTILINE)
 _PACKAGE = re.compile(r"/(?:site|dist)-packages/([^/]+)")
 _LAST_LINES = 3
+_LONGEST = 200
+_UNPRINTABLE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x1f\x7f]")
+_TRACE = re.compile(r'File ".*", line \d+ in |Extension modules: |(Current t|T)hread 0x')
 
 
 def how_it_ended(code: int) -> str:
@@ -38,11 +41,18 @@ def fatal_library(log: str) -> str:
     return next(_packages(log[last[-1].start() :]), "")
 
 
+def fatal_error(log: str) -> str:
+    """Return what faulthandler called the last death in a log (`Aborted`); empty where nothing died."""
+    last = list(_FATAL.finditer(log))
+    return last[-1][1] if last else ""
+
+
 def last_words(log: str, count: int = _LAST_LINES) -> list[str]:
     """Return the last lines that a process logged before it died, faulthandler's left out."""
     last = list(_FATAL.finditer(log))
     before = log[: last[-1].start()] if last else log
-    return [line.strip() for line in before.splitlines() if line.strip()][-count:]
+    lines = [" ".join(_UNPRINTABLE.sub(" ", line).split())[:_LONGEST] for line in before.splitlines()]
+    return [line for line in lines if line and not _TRACE.match(line)][-count:]
 
 
 def _packages(trace: str) -> Iterator[str]:

@@ -10,27 +10,31 @@ import importlib.util
 import json
 import os
 import pkgutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from steps.runtime import proofs
-from steps.runtime.death import fatal_library, how_it_ended
+from steps.runtime.death import fatal_library, how_it_ended, last_words
 
 Facts = Mapping[str, float | str]
 Status = Literal["works", "broken", "absent"]
 
 _PATIENCE = 300.0
 """Seconds after which a proof counts as failed; the slowest takes some ten."""
+_FROM_OUTSIDE = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGHUP)
+"""Signals by which others end a process: a person, a service, the kernel where memory is short."""
 ABSENT_CODE = 69
 """Exit code of a child whose runtime says that this machine lacks what it needs."""
 
@@ -54,7 +58,7 @@ class Proof:
     serves: str
     """What needs it, in a few words."""
     advice: str
-    """What to do where it is broken, besides `make setup`."""
+    """What to do where it is broken."""
     optional: bool = False
     """Whether posttrain does without it unless a recipe asks for it."""
     measures: bool = False
@@ -63,28 +67,31 @@ class Proof:
     """Environment variables that change which libraries are opened; a folder as value stands for its files."""
     name: str = ""
     """Of its module, which `all_proofs` fills in."""
-    fallbacks: Callable[[], Sequence[Mapping[str, str]]] = lambda: ()
-    """Environments to try next where it dies, the best first; what works is kept by `settle`."""
+    stands_on: tuple[str, ...] = ()
+    """Distributions whose version it depends on."""
+    imported_by: tuple[str, ...] = ()
+    """Distributions that import it where it is installed, and die with it."""
+    attempts: Callable[[], Sequence[Mapping[str, str]]] = lambda: ({},)
+    """Environments to try, the best first: the runtime works if it does in one of them."""
     settle: Callable[[Sequence[Mapping[str, str]]], None] = lambda died: None
-    """Remember in which environments it died, so that steps do not try them."""
+    """Remember in which environments it died, so that no process uses them; raises OSError where it cannot."""
 
     @property
     def version(self) -> str:
         """Installed version; empty where it is not installed."""
-        try:
-            return importlib.metadata.version(self.distribution)
-        except importlib.metadata.PackageNotFoundError:
-            return ""
+        return _version(self.distribution)
 
     def identity(self) -> str:
         """Digest of which native libraries are installed, by name, size and time; tells that one was replaced."""
-        values = [os.environ.get(name, "") for name in self.variables]
+        values = {name: os.environ[name] for name in self.variables if name in os.environ}
         found = [path for root in _folders(self.module) for pattern in self.libraries for path in root.glob(pattern)]
-        found += [path for value in values if value and Path(value).is_dir() for path in Path(value).glob("*.so")]
-        told = [self.version, *values]
+        found += [path for value in values.values() if Path(value).is_dir() for path in Path(value).glob("*.so")]
+        told = [self.version, *map(str, values.items()), *map(_version, self.stands_on)]
         for path in sorted(found):
-            stat = path.stat()
-            told.append(f"{path.name} {stat.st_size} {stat.st_mtime_ns}")
+            # A library may vanish meanwhile, or be a link to nowhere.
+            with suppress(OSError):
+                stat = path.stat()
+                told.append(f"{path.name} {stat.st_size} {stat.st_mtime_ns}")
         return sha256("\n".join(told).encode()).hexdigest()[:16]
 
 
@@ -109,6 +116,8 @@ class Verdict(BaseModel):
     """What to do about it."""
     seconds: float = 0.0
     optional: bool = False
+    lasting: bool = True
+    """Whether it may be kept: a proof that was ended from outside says nothing of the next."""
 
 
 @cache
@@ -120,58 +129,93 @@ def all_proofs() -> Mapping[str, Proof]:
 
 
 def prove(proof: Proof) -> Verdict:
-    """Prove a runtime in a child process; where it dies, in the environments that it names as fallbacks."""
+    """Prove a runtime in child processes: in the best of its environments, and where it dies there, in the next."""
     began = time.monotonic()
     known = {"runtime": proof.runtime, "distribution": proof.distribution, "optional": proof.optional}
     if not proof.version:
         wanted = f"{proof.distribution} is not installed"
-        advice = f"pip install {proof.distribution}" if proof.optional else "make setup"
+        advice = f"pip install {proof.distribution}" if proof.optional else "infra/setup.sh"
         return Verdict(**known, status="absent", version="", identity="", reason=wanted, advice=advice)
-    reason, library, facts, died = "", "", {}, []
-    status: Status = "broken"
-    for surroundings in ({}, *proof.fallbacks()):
-        outcome, told = _call(proof, surroundings)
-        if outcome != "broken":
-            status, facts = outcome, told
+    identity = proof.identity()
+    died, ended = [], _Ended("broken", reason="it cannot be loaded on this machine")
+    first: _Ended | None = None
+    for surroundings in proof.attempts():
+        ended = _call(proof, surroundings)
+        if ended.status != "broken":
             break
+        first = first or ended
         died.append(surroundings)
-        reason, library = reason or str(told["reason"]), library or str(told["library"])
-    if status == "works":
-        proof.settle(died)
-    if status == "absent":
-        reason = str(facts["reason"])
+    if ended.status == "works":
+        try:
+            proof.settle(died)
+        except OSError as error:
+            if died:
+                ended = _Ended("broken", reason=f"its best variant dies, which cannot be noted: {error}")
+    told = first if first and ended.status != "absent" else ended
     return Verdict(
         **known,
-        status=status,
+        status=ended.status,
         version=proof.version,
-        identity=proof.identity(),
-        facts={} if status == "absent" else facts,
-        library=library if status == "broken" else "",
-        reason=reason,
-        advice=proof.advice if status == "broken" else "",
+        identity=identity,
+        facts=ended.facts,
+        library=told.library,
+        reason=told.reason,
+        advice=proof.advice if ended.status == "broken" else "",
         seconds=round(time.monotonic() - began, 2),
+        lasting=ended.lasting and (first is None or first.lasting),
     )
 
 
-def _call(proof: Proof, surroundings: Mapping[str, str]) -> tuple[Status, dict[str, Any]]:
-    """Call a proof once; return how it ended, with its facts or the reason."""
+@dataclass(frozen=True)
+class _Ended:
+    """How one call of a proof ended."""
+
+    status: Status
+    facts: Facts = field(default_factory=dict)
+    reason: str = ""
+    library: str = ""
+    lasting: bool = True
+
+
+def _call(proof: Proof, surroundings: Mapping[str, str]) -> _Ended:
+    """Call a proof once, in a session of its own, so that what interrupts us is not taken for its fault."""
     with tempfile.TemporaryDirectory(prefix="posttrain-proof-") as folder:
         answer, log = Path(folder) / "answer.json", Path(folder) / "log.txt"
         command = [sys.executable, "-X", "faulthandler", "-m", "steps.runtime", proof.name, str(answer)]
         with log.open("wb") as stream:
+            child = subprocess.Popen(
+                command,
+                env={**os.environ, **surroundings},
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                start_new_session=True,
+            )
             try:
-                options = {"stdin": subprocess.DEVNULL, "stdout": stream, "stderr": stream, "timeout": _PATIENCE}
-                code = subprocess.run(command, env={**os.environ, **surroundings}, **options).returncode
+                code = child.wait(_PATIENCE)
             except subprocess.TimeoutExpired:
-                return "broken", {"reason": f"it did not answer within {_PATIENCE:.0f} s", "library": ""}
+                return _Ended("broken", reason=f"it did not answer within {_PATIENCE:.0f} s", lasting=False)
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
         text = log.read_text(encoding="utf-8", errors="replace")
         if code in (0, ABSENT_CODE) and answer.exists():
-            return "works" if code == 0 else "absent", json.loads(answer.read_text())
+            found = json.loads(answer.read_text())
+            return _Ended("works", facts=found) if code == 0 else _Ended("absent", reason=str(found["reason"]))
         library = fatal_library(text) if code < 0 else ""
-        said = next((line for line in reversed(text.splitlines()) if line.strip()), "") if code > 0 else ""
-        where = f" in {library}" if library else ""
-        reason = f"it {how_it_ended(code)}{where}" + (f": {said.strip()}" if said else "")
-        return "broken", {"reason": reason, "library": library}
+        said = last_words(text, 1) if code > 0 else []
+        reason = (
+            f"it {how_it_ended(code)}" + (f" in {library}" if library else "") + "".join(f": {each}" for each in said)
+        )
+        return _Ended("broken", reason=reason, library=library, lasting=-code not in _FROM_OUTSIDE)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _folders(module: str) -> list[Path]:

@@ -10,6 +10,7 @@ import sys
 import uuid
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -39,7 +40,14 @@ def machine() -> str:
 
 def last_verdict(runtime: str) -> Verdict | None:
     """Return what was last found of a runtime on this machine; None where it is unproven, or was replaced since."""
-    return _read(_path(all_proofs()[runtime]))
+    path = _path(all_proofs()[runtime])
+    return _of_this_process.get(path) or _read(path)
+
+
+def is_broken(runtime: str) -> bool:
+    """Whether a runtime was found broken on this machine."""
+    verdict = last_verdict(runtime)
+    return verdict is not None and verdict.status == "broken"
 
 
 def prove_and_keep(runtimes: Iterable[str]) -> list[Verdict]:
@@ -59,23 +67,33 @@ def hide_broken(but: str = "") -> None:
     without. Call it before anything heavy is imported.
     """
     for proof in all_proofs().values():
-        verdict = last_verdict(proof.runtime) if proof.runtime != but else None
-        if verdict and verdict.status == "broken" and proof.module != _ALWAYS:
+        if proof.runtime != but and proof.module != _ALWAYS and is_broken(proof.runtime):
             sys.modules.setdefault(proof.module, None)  # pyright: ignore[reportArgumentType]
 
 
 def _prove_and_keep(proof: Proof) -> Verdict:
-    earlier, verdict = last_verdict(proof.runtime), prove(proof)
+    verdict = prove(proof)
     if others := [other for other in all_proofs().values() if other.module == verdict.library != proof.module]:
         # It died of what it imports: that is broken, and this may do without.
         for other in others:
-            _prove_and_keep(other)
+            _keep(other, prove(other))
         verdict = prove(proof)
-    if earlier and verdict.facts and "fast_dtype" in earlier.facts:
-        # Measured once: a choice that wavers would change the keys of steps.
-        facts = {**verdict.facts, "fast_dtype": earlier.facts["fast_dtype"]}
-        verdict = verdict.model_copy(update={"facts": facts})
-    _write(_path(proof), verdict)
+    return _keep(proof, verdict)
+
+
+def _keep(proof: Proof, verdict: Verdict) -> Verdict:
+    """Keep a verdict, and what it chose as it was chosen first: a choice that wavers would change the keys of steps."""
+    path = _path(proof)
+    if "fast_dtype" in verdict.facts:
+        values = [f"{name}={os.environ[name]}" for name in proof.variables if name in os.environ]
+        told = sha256("\n".join([verdict.version, *values]).encode()).hexdigest()[:16]
+        choice = path.with_name(f"{proof.name}-fast-dtype-{told}.txt")
+        with suppress(OSError):
+            verdict = verdict.model_copy(update={"facts": {**verdict.facts, "fast_dtype": choice.read_text().strip()}})
+        _write(choice, str(verdict.facts["fast_dtype"]))
+    _of_this_process[path] = verdict
+    if verdict.lasting:
+        _write(path, verdict.model_dump_json(indent=1))
     return verdict
 
 
@@ -91,8 +109,14 @@ def _read(path: Path) -> Verdict | None:
         return None
 
 
-def _write(path: Path, verdict: Verdict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _write(path: Path, content: str) -> None:
+    """Write whole or not at all; where nothing can be written, the next process proves anew."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    partial.write_text(verdict.model_dump_json(indent=1))
-    partial.replace(path)
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(content)
+        partial.replace(path)
+
+
+_of_this_process: dict[Path, Verdict] = {}
+"""Verdicts found in this process, also those that are not kept."""

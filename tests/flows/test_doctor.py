@@ -99,14 +99,14 @@ def test_a_library_replaced_since_the_verdict_is_found(command: Command, tmp_pat
 
 @pytest.mark.slow
 def test_what_only_imports_a_broken_library_does_without_it(command: Command, tmp_path: Path) -> None:
-    """peft and GPTQModel import bitsandbytes where it is there, and die with it: a LoRA needs it not."""
+    """peft and GPTQModel import bitsandbytes where it is there, and die with it: samples and a LoRA need it not."""
     overlay = package_with("bitsandbytes", "libbitsandbytes_cpu.so", ABORT, tmp_path / "overlay")
     command.environment["PYTHONPATH"] = f"{overlay}{os.pathsep}{ROOT}"
     recipe = tmp_path / "lora.yaml"
     recipe.write_text(
         "name: lora\nbase: {uses: model.pico, pretrain_steps: 2}\nsteps:\n"
         "  data: {uses: data.prepare, source: python-stdlib-docs, limit: 30, max_tokens: 200}\n"
-        "  sft: {uses: train.sft, model: base, data: data.train, max_steps: 2, batch_size: 2}\n",
+        "  sampled: {uses: data.sample, model: base, data: data.train, samples: 1, max_new_tokens: 4}\n",
         encoding="utf-8",
     )
     ended = command("run", str(recipe))

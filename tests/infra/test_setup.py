@@ -5,10 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from infra.setup.llama_cpp import Builder, chosen_variants, keep_variants, listed_variants
@@ -150,6 +153,24 @@ def test_a_stage_that_fails_shows_the_end_of_its_log(tmp_path: Path, capsys: pyt
     assert shown[0].startswith("what works  ") and shown[0].endswith(" s")
     assert shown[1].startswith("what fails  ") and "failed after" in shown[1]
     assert "unseen" in (tmp_path / "what-works.log").read_text()
+
+
+def test_what_runs_beside_a_failed_stage_is_ended_with_its_children(tmp_path: Path) -> None:
+    stages, marker = Stages(tmp_path), tmp_path / "children"
+    with ThreadPoolExecutor(1) as pool:
+        with stages.stage("long") as log:
+            long = pool.submit(log.run, ["sh", "-c", f"sleep 60 & echo $! > {marker}; sleep 60"])
+        while not marker.exists() or not marker.read_text().strip():
+            time.sleep(0.01)
+        began = time.monotonic()
+        stages.stop()
+        with pytest.raises(StageFailed):
+            long.result()
+        with pytest.raises(StageFailed, match="stopped"):
+            log.run(["true"])
+    assert time.monotonic() - began < 10
+    child = psutil.Process(int(marker.read_text())) if psutil.pid_exists(int(marker.read_text())) else None
+    assert child is None or child.status() == psutil.STATUS_ZOMBIE
 
 
 def test_without_a_compiler_set_up_ends_in_a_sentence(tmp_path: Path) -> None:

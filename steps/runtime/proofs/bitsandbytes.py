@@ -9,6 +9,8 @@ PROOF = Proof(
     distribution="bitsandbytes",
     module="bitsandbytes",
     libraries=("*.so",),
+    stands_on=("torch",),
+    imported_by=("peft", "gptqmodel"),
     serves="adapter: qlora, optimizer: adamw_8bit",
     advice="take `adapter: {kind: lora}` and `optimizer: adamw` until it works",
 )

@@ -9,6 +9,7 @@ PROOF = Proof(
     distribution="GPTQModel",
     module="gptqmodel",
     libraries=("**/*.so",),
+    stands_on=("torch", "bitsandbytes", "PyPcre"),
     serves="quantize.gptq",
     advice="leave `quantize.gptq` out until it works; `quantize.gguf` needs it not",
 )

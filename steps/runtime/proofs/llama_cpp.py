@@ -24,35 +24,34 @@ _SCHEMES = {"Q8_0": 0.05, "Q4_0": 0.5, "Q4_K_M": 0.5}
 """Schemes to try, and how far their logits may lie from the model's own, in shares of their spread."""
 
 
-def _libraries() -> Path | None:
-    if chosen := os.environ.get("LLAMA_CPP_LIB_PATH"):
-        return Path(chosen)
+def _told_by_backends() -> list[str]:
+    """Ask the package's own file for the note of what died here, and for the variants that this processor can run."""
     found = importlib.util.find_spec("llama_cpp")
     places = found.submodule_search_locations if found else None
-    return Path(places[0]) / "lib" if places else None
-
-
-def _fallbacks() -> Sequence[Mapping[str, str]]:
-    """Return the processor backends that this machine can run, the better first."""
-    found = importlib.util.find_spec("llama_cpp")
-    places = found.submodule_search_locations if found else None
-    if not places or VARIANT in os.environ:
+    path = Path(places[0]) / "_backends.py" if places else None
+    if path is None or not path.exists():
         return []
-    done = subprocess.run([sys.executable, Path(places[0]) / "_backends.py"], capture_output=True, text=True)
-    return [{VARIANT: name} for name in done.stdout.split()]
+    return subprocess.run([sys.executable, path], capture_output=True, text=True).stdout.splitlines()
+
+
+def _attempts() -> Sequence[Mapping[str, str]]:
+    """Return each variant that this processor can run, the best first, whatever died before; or the one there is."""
+    if os.environ.get(VARIANT):
+        return [{}]
+    return [{VARIANT: name} for name in _told_by_backends()[1:]] or [{}]
 
 
 def _settle(died: Sequence[Mapping[str, str]]) -> None:
-    """Note the backends that died, so that no process loads them; forget those that work again."""
-    folder = _libraries()
-    if folder is None or VARIANT in os.environ:
+    """Note the variants that died on this machine, so that no process loads them; forget those that live again."""
+    told = _told_by_backends()
+    if not told or os.environ.get(VARIANT):
         return
-    names = sorted({each[VARIANT] for each in died if VARIANT in each})
-    path, partial = folder / "avoid.txt", folder / f"avoid.{os.getpid()}"
+    path, names = Path(told[0]), sorted(each[VARIANT] for each in died if VARIANT in each)
     if names:
+        partial = path.with_name(f"{path.name}.{os.getpid()}")
         partial.write_text("\n".join(names) + "\n")
         partial.replace(path)
-    else:
+    elif path.exists():
         path.unlink(missing_ok=True)
 
 
@@ -62,9 +61,9 @@ PROOF = Proof(
     module="llama_cpp",
     libraries=("lib/*.so", "lib/*.dylib"),
     serves="GGUF: quantize.gguf, and every step that opens one",
-    advice="`make setup` builds it anew",
+    advice="`infra/setup.sh` builds it anew",
     variables=("LLAMA_CPP_LIB_PATH", VARIANT),
-    fallbacks=_fallbacks,
+    attempts=_attempts,
     settle=_settle,
 )
 

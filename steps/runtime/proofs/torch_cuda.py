@@ -8,6 +8,7 @@ PROOF = Proof(
     distribution="torch",
     module="torch",
     libraries=("_C*.so", "lib/*.so*"),
+    variables=("CUDA_VISIBLE_DEVICES",),
     measures=True,
     serves="every step on a GPU",
     advice="install a build of torch for this GPU's driver (`nvidia-smi` prints the newest CUDA that it knows)",
