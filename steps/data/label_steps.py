@@ -74,6 +74,7 @@ class Answer:
     "data.label_steps",
     produces=Samples,
     reference="https://arxiv.org/abs/2312.08935",
+    version=2,
     libraries=("torch", "transformers", "tokenizers", "peft", *VERIFIERS),
     preload=("torch", "transformers", "peft"),
     resources=Resources(cpus=0),
@@ -161,7 +162,7 @@ def _scores(config: LabelSteps, rollouts: Sequence[Sequence[Rollout]]) -> list[l
     """Ask the verifier about all at once, which it may use to work on several."""
     from steps.train.rewards import Models, Scorer
 
-    scorer = Scorer(config.verifier, Models(reward_model=config.reward_model, judge=config.judge))
+    scorer = Scorer(config.verifier, Models(reward_model=config.reward_model, judge=config.judge, dtype=config.dtype))
     scores = iter(scorer([rollout for some in rollouts for rollout in some]))
     return [[next(scores) for _ in some] for some in rollouts]
 

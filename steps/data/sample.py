@@ -49,6 +49,7 @@ class SampleData(Sampling):
     "data.sample",
     produces=Samples,
     reference="https://arxiv.org/abs/2309.06657",
+    version=2,
     libraries=("torch", "transformers", "tokenizers", "peft", *VERIFIERS),
     preload=("torch", "transformers", "peft"),
     resources=Resources(cpus=0),
@@ -89,7 +90,7 @@ def _scored(config: SampleData, rollouts: Sequence[Sequence[Rollout]]) -> list[l
         return [[None] * len(answers) for answers in rollouts]
     from steps.train.rewards import Models, Scorer, total
 
-    tools = Models(reward_model=config.reward_model, judge=config.judge)
+    tools = Models(reward_model=config.reward_model, judge=config.judge, dtype=config.dtype)
     scorers = [Scorer(spec, tools) for spec in config.rewards]
     return [list(total(scorers, answers)[0]) for answers in rollouts]
 

@@ -66,6 +66,7 @@ class EvaluateTasks(Sampling):
     "evaluate.tasks",
     produces=Report,
     reference="https://arxiv.org/abs/2504.15777",
+    version=2,
     libraries=("torch", "transformers", "tokenizers", "peft", "scipy", *VERIFIERS),
     preload=("torch", "transformers", "peft", "matplotlib.figure"),
     resources=Resources(cpus=0),
@@ -111,7 +112,7 @@ def evaluate_tasks(config: EvaluateTasks, job: Job) -> Draft:
 def _scorer(config: EvaluateTasks) -> "Scorer":
     from steps.train.rewards import Models, Scorer
 
-    return Scorer(config.verifier, Models(reward_model=config.reward_model, judge=config.judge))
+    return Scorer(config.verifier, Models(reward_model=config.reward_model, judge=config.judge, dtype=config.dtype))
 
 
 def _answers(

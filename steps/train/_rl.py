@@ -319,7 +319,7 @@ def make_scorers(config: RlTraining) -> tuple[list[Scorer], Scorer]:
     """Return the rewards and the verifier, ready to be asked."""
     from steps.train.rewards import Models
 
-    tools = Models(reward_model=config.reward_model, judge=config.judge)
+    tools = Models(reward_model=config.reward_model, judge=config.judge, dtype=config.dtype)
     scorers = [Scorer(spec, tools) for spec in config.rewards]
     return scorers, Scorer(config.verifier, tools) if config.verifier else scorers[0]
 

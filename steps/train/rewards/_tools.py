@@ -1,4 +1,4 @@
-"""The models that rewards may ask, loaded when first asked."""
+"""The models that rewards may ask, loaded when first asked; a judge in the step's own precision, a part of its key."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -6,7 +6,7 @@ from typing import Any
 
 from steps.artifacts import Model, RewardModel
 from steps.frame.errors import UserError
-from steps.frame.hardware import fast_dtype
+from steps.lm.checkpoint import Dtype
 from steps.lm.tasks import Rollout
 from steps.train.rewards._reward import RewardSpec
 
@@ -17,9 +17,12 @@ _WORDS = ("Yes", "No")
 class Models:
     """The step's reward model and judge, either of which may be absent; see `steps.train.rewards.Tools`."""
 
-    def __init__(self, reward_model: RewardModel | None = None, judge: Model | None = None) -> None:
+    def __init__(
+        self, reward_model: RewardModel | None = None, judge: Model | None = None, dtype: Dtype = "float32"
+    ) -> None:
         self._reward_model = reward_model
         self._judge = judge
+        self._dtype: Dtype = dtype
 
     def reward_scores(self, rollouts: Sequence[Rollout]) -> Sequence[float]:
         """Score answers with the reward model.
@@ -49,17 +52,17 @@ class Models:
     def _asked(self) -> "_Judge":
         if self._judge is None:
             raise UserError("the reward `judge` needs the step's input `judge`")
-        return _Judge(self._judge)
+        return _Judge(self._judge, self._dtype)
 
 
 class _Judge:
     """A causal language model that answers by yes or no."""
 
-    def __init__(self, artifact: Model) -> None:
+    def __init__(self, artifact: Model, dtype: Dtype) -> None:
         from steps.lm.checkpoint import load_model, load_tokenizer
         from steps.lm.device import own_device
 
-        self._model = load_model(artifact.path, fast_dtype()).to(own_device())  # pyright: ignore[reportArgumentType]
+        self._model = load_model(artifact.path, dtype).to(own_device())  # pyright: ignore[reportArgumentType]
         self._tokenizer = load_tokenizer(artifact.path)
 
     def probabilities(self, prompts: Sequence[str]) -> list[float]:
