@@ -73,16 +73,6 @@ def test_a_run_proves_what_was_never_called_here_before_anything_runs(command: C
     assert not (command.home / "artifacts").exists()
 
 
-def test_a_recipe_that_does_not_need_it_runs(command: Command, tmp_path: Path) -> None:
-    broken_llama_cpp(command, tmp_path)
-    recipe = tmp_path / "data.yaml"
-    recipe.write_text(
-        "name: data\nsteps:\n  data: {uses: data.prepare, source: python-stdlib-docs, limit: 30}\n", encoding="utf-8"
-    )
-    ended = command("run", str(recipe))
-    assert ended.code == 0, ended.out + ended.err
-
-
 def test_a_library_replaced_since_the_verdict_is_found(command: Command, tmp_path: Path) -> None:
     """bitsandbytes proven, then one of its libraries replaced by one that dies as it is loaded."""
     qlora = ("--set", "steps.sft.adapter.kind=qlora")
