@@ -34,7 +34,7 @@ def loaded_variant(folder: Path) -> str:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
 
-@pytest.mark.slow
+@pytest.mark.recipes
 @pytest.mark.parametrize("runtime", all_proofs())
 def test_every_runtime_works_here_or_the_machine_lacks_what_it_is_for(runtime: str) -> None:
     verdict = prove(all_proofs()[runtime])
@@ -125,7 +125,7 @@ def test_llama_cpp_runs_on_an_older_processor(processor: str, variant: str, tmp_
     assert json.loads(answer.read_text()) == {"variant": variant}
 
 
-@pytest.mark.slow
+@pytest.mark.recipes
 @pytest.mark.skipif(QEMU is None, reason="needs qemu-user, which imitates other processors")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="imitates an x86 processor")
 def test_an_instruction_that_an_older_processor_lacks_is_found_in_a_child(
