@@ -189,7 +189,7 @@ def _prove(stages: Stages) -> None:
 
 
 def _make_anew(verdict: dict[str, Any], log: Log) -> None:
-    """Build llama.cpp's plainest variant from scratch; fetch any other package again, past every cache."""
+    """Build llama.cpp without its newest variant from scratch; fetch any other package again, past every cache."""
     if verdict["runtime"] != "llama.cpp":
         name = verdict["distribution"]
         options = ["--no-deps", "--force-reinstall", "--no-cache-dir", "--constraint", LOCK]
