@@ -74,7 +74,6 @@ class Answer:
     "data.label_steps",
     produces=Samples,
     reference="https://arxiv.org/abs/2312.08935",
-    version=2,
     libraries=("torch", "transformers", "tokenizers", "peft", *VERIFIERS),
     preload=("torch", "transformers", "peft"),
     resources=Resources(cpus=0),

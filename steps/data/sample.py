@@ -49,7 +49,6 @@ class SampleData(Sampling):
     "data.sample",
     produces=Samples,
     reference="https://arxiv.org/abs/2309.06657",
-    version=2,
     libraries=("torch", "transformers", "tokenizers", "peft", *VERIFIERS),
     preload=("torch", "transformers", "peft"),
     resources=Resources(cpus=0),

@@ -66,7 +66,6 @@ class EvaluateTasks(Sampling):
     "evaluate.tasks",
     produces=Report,
     reference="https://arxiv.org/abs/2504.15777",
-    version=2,
     libraries=("torch", "transformers", "tokenizers", "peft", "scipy", *VERIFIERS),
     preload=("torch", "transformers", "peft", "matplotlib.figure"),
     resources=Resources(cpus=0),

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 
 from steps.artifacts.manifest import canonical_json
+from steps.frame.code import code_digest
 from steps.frame.config import StepConfig
 from steps.frame.kinds import StepKind
 
@@ -23,7 +24,7 @@ def step_key(
     """Compute a step's key.
 
     Args:
-        kind: the step kind; its name, version and library versions enter the key.
+        kind: the step kind; its name, the digest of its code and library versions enter the key.
         config: validated config; defaults count, so an explicit default gives the same key.
         parents: for each input field the `<key of the producing step>:<output>` of its parents, in order.
         sources: fingerprint of each external source by URI.
@@ -31,7 +32,7 @@ def step_key(
     """
     content = {
         "kind": kind.name,
-        "version": kind.version,
+        "code": code_digest(kind.run.__module__),
         "config": plain_config(kind, config),
         "parents": {field: list(keys) for field, keys in parents.items()},
         "sources": dict(sources),

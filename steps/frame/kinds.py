@@ -46,8 +46,6 @@ class StepKind:
     run: Callable[..., Any]
     reference: str
     """The paper or page that it implements."""
-    version: int
-    """Raised when the same config gives other results than before."""
     libraries: tuple[str, ...]
     """Distributions whose versions shape the result."""
     preload: tuple[str, ...]
@@ -100,7 +98,6 @@ def step(
     *,
     produces: Produces | Mapping[str, Produces],
     reference: str,
-    version: int = 1,
     libraries: tuple[str, ...] = (),
     preload: tuple[str, ...] = (),
     resources: Resources | None = None,
@@ -125,7 +122,6 @@ def step(
             produces=dict(produces) if isinstance(produces, Mapping) else {"": produces},
             run=run,
             reference=reference,
-            version=version,
             libraries=libraries,
             preload=preload,
             resources=resources or Resources(cpus=1),

@@ -44,7 +44,6 @@ class PicoModel(StepConfig):
     "model.pico",
     produces=Model,
     reference="https://arxiv.org/abs/2302.13971",
-    version=2,
     libraries=("torch", "transformers", "tokenizers"),
     preload=("torch", "transformers.models.llama"),
     resources=Resources(cpus=0),

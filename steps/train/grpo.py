@@ -62,7 +62,6 @@ class TrainGrpo(RlTraining):
     "train.grpo",
     produces=(Adapter, Model),
     reference="https://arxiv.org/abs/2402.03300",
-    version=2,
     libraries=(*LIBRARIES, *rewards.LIBRARIES),
     preload=(*PRELOAD, "trl.trainer.grpo_trainer", "matplotlib.figure"),
     resources=Resources(cpus=0),

@@ -40,7 +40,6 @@ class TrainRloo(RlTraining):
     "train.rloo",
     produces=(Adapter, Model),
     reference="https://arxiv.org/abs/2402.14740",
-    version=2,
     libraries=(*LIBRARIES, *rewards.LIBRARIES),
     preload=(*PRELOAD, "trl.trainer.rloo_trainer", "matplotlib.figure"),
     resources=Resources(cpus=0),

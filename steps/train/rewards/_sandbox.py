@@ -23,17 +23,17 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
 from typing import IO, Any
 
 from steps.frame.errors import UserError
 from steps.frame.scale import cores
+from steps.train.rewards import _confined
 
 TIMED_OUT = 124
 """Exit code where time ran out."""
 _NOT_CONFINED = 125
 
-_PROGRAM = str(Path(__file__).with_name("_confined"))
+_PROGRAM = _confined.__path__[0]
 _START_SECONDS = 120
 _GRACE_SECONDS = 10
 _log = logging.getLogger("posttrain.rewards")

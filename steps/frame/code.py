@@ -1,0 +1,151 @@
+"""A digest of a step's code: of its own module and of the modules of `steps` that it imports, at any depth.
+
+It is part of the step's key, so that a result that other code gave is never taken for this code's. Comments,
+docstrings and blank lines do not count, nor does what is imported for type checkers alone. The frame and the proofs of
+runtimes are left out: they run every step and compute nothing, and what they decide (a precision, a number of
+processes) stands in the config or in the key by itself.
+"""
+
+import ast
+import hashlib
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import steps as rooms
+
+_AROUND = ("steps.__main__", "steps.frame", "steps.runtime")
+
+
+@cache
+def code_digest(module: str) -> str:
+    """Return the sha256 over the code of a module and of all that it imports of `steps`.
+
+    Args:
+        module: full name, `steps.train.sft`.
+
+    Raises:
+        FileNotFoundError: there is no such module.
+        SyntaxError: one of them is no Python.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(code_modules(module)):
+        digest.update(f"{name} {_read(name).digest}\n".encode())
+    return digest.hexdigest()
+
+
+def code_modules(module: str) -> set[str]:
+    """Return the names of the modules whose code a step of this module runs, its own among them."""
+    found: set[str] = set()
+    to_read = [module]
+    while to_read:
+        name = to_read.pop()
+        if name in found:
+            continue
+        found.add(name)
+        to_read += _read(name).imports
+    return found
+
+
+@dataclass(frozen=True)
+class _Code:
+    """What one module holds."""
+
+    digest: str
+    imports: tuple[str, ...]
+    """Modules of `steps` by full name, those left out of digests excepted."""
+
+
+@cache
+def _read(module: str) -> _Code:
+    path = _file(module)
+    if path is None:
+        raise FileNotFoundError(f"no module {module}")
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text, str(path))
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    nodes = list(_running(tree))
+    named = {name for node in nodes for name in _imported(node, package)}
+    if package == module:
+        # A package that is a program is run by its folder.
+        named.add(f"{module}.__main__")
+    # With a module its packages are imported, too.
+    named |= {parent for name in (*named, module) for parent in _parents(name)}
+    imports = {name for name in named if name != module and not _is_around(name) and _file(name)}
+    return _Code(hashlib.sha256(_essence(text, nodes).encode()).hexdigest(), tuple(sorted(imports)))
+
+
+def _file(module: str) -> Path | None:
+    room, _, rest = module.partition(".")
+    if room != rooms.__name__:
+        return None
+    place = Path(rooms.__path__[0]).joinpath(*rest.split(".")) if rest else Path(rooms.__path__[0])
+    candidates = (place / "__init__.py", place.with_suffix(".py"))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _running(tree: ast.AST) -> Iterator[ast.AST]:
+    """Yield every node but those that only type checkers read."""
+    to_visit = [tree]
+    while to_visit:
+        node = to_visit.pop()
+        yield node
+        is_for_types = isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        to_visit += node.orelse if isinstance(node, ast.If) and is_for_types else ast.iter_child_nodes(node)
+
+
+def _imported(node: ast.AST, package: str) -> Iterator[str]:
+    """Yield what an import may mean: a module or a name in one; in a program, a neighbour by its short name."""
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            yield from (alias.name, f"{package}.{alias.name}")
+    elif isinstance(node, ast.ImportFrom):
+        above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+        base = ".".join([*above, *filter(None, [node.module])])
+        for start in (base, f"{package}.{base}"):
+            yield start
+            yield from (f"{start}.{alias.name}" for alias in node.names)
+
+
+def _parents(module: str) -> Iterator[str]:
+    parts = module.split(".")
+    yield from (".".join(parts[:count]) for count in range(1, len(parts)))
+
+
+def _is_around(module: str) -> bool:
+    return any(module == name or module.startswith(f"{name}.") for name in _AROUND)
+
+
+def _essence(text: str, nodes: Iterable[ast.AST]) -> str:
+    """Return a module's text without comments, docstrings and blank lines: the same for every version of Python."""
+    explaining: set[int] = set()
+    strings: dict[int, list[tuple[int, int]]] = {}
+    for node in nodes:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            explaining.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+        elif isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str)):
+            last = node.end_lineno or node.lineno
+            for line in range(node.lineno, last + 1):
+                start, end = node.col_offset if line == node.lineno else 0, node.end_col_offset or 0
+                strings.setdefault(line, []).append((start, end if line == last else sys.maxsize))
+    lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if number not in explaining)
+    kept = (_code_of(line, strings.get(number, [])) for number, line in lines)
+    return "\n".join(line for line in kept if line is not None)
+
+
+def _code_of(line: str, strings: list[tuple[int, int]]) -> str | None:
+    """Return a line up to the first `#` that stands in no string, None where nothing is left.
+
+    Args:
+        line: as it stands in the file.
+        strings: the parts of it that belong to strings, as ranges of its UTF-8 bytes.
+    """
+    if any(end == sys.maxsize for _, end in strings):
+        return line
+    content, place = line.encode(), -1
+    while (place := content.find(b"#", place + 1)) >= 0:
+        if not any(start <= place < end for start, end in strings):
+            content = content[:place]
+    return content.decode().rstrip() or None
