@@ -9,7 +9,7 @@ processes) stands in the config or in the key by itself.
 import ast
 import hashlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,34 +18,46 @@ import steps as rooms
 
 _AROUND = ("steps.__main__", "steps.frame", "steps.runtime")
 
+Find = Callable[[str], Path | None]
+"""Returns the file of a module by its full name, None where the module does not count."""
 
-@cache
+
 def code_digest(module: str) -> str:
-    """Return the sha256 over the code of a module and of all that it imports of `steps`.
+    """Return the sha256 over the code of a module of `steps` and of all that it imports of `steps`.
 
     Args:
         module: full name, `steps.train.sft`.
 
     Raises:
-        FileNotFoundError: there is no such module.
         SyntaxError: one of them is no Python.
     """
-    digest = hashlib.sha256()
-    for name in sorted(code_modules(module)):
-        digest.update(f"{name} {_read(name).digest}\n".encode())
-    return digest.hexdigest()
+    return digest_modules(code_modules(module))
 
 
-def code_modules(module: str) -> set[str]:
-    """Return the names of the modules whose code a step of this module runs, its own among them."""
-    found: set[str] = set()
+def code_modules(module: str) -> dict[str, Path]:
+    """Return the modules whose code a step of this module runs, its own among them, by name."""
+    return modules_behind(module, _own_file)
+
+
+def digest_modules(modules: Mapping[str, Path]) -> str:
+    """Return the sha256 over the code of modules, given with their files."""
+    told = "".join(f"{name} {_code(name, path).digest}\n" for name, path in sorted(modules.items()))
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def modules_behind(module: str, find: Find) -> dict[str, Path]:
+    """Return a module and all that it imports, at any depth, as far as `find` knows them.
+
+    Raises:
+        SyntaxError: one of them is no Python in UTF-8.
+    """
+    found: dict[str, Path] = {}
     to_read = [module]
     while to_read:
         name = to_read.pop()
-        if name in found:
-            continue
-        found.add(name)
-        to_read += _read(name).imports
+        if name not in found and (path := find(name)):
+            found[name] = path
+            to_read += _code(name, path).names
     return found
 
 
@@ -54,16 +66,20 @@ class _Code:
     """What one module holds."""
 
     digest: str
-    imports: tuple[str, ...]
-    """Modules of `steps` by full name, those left out of digests excepted."""
+    names: tuple[str, ...]
+    """All that its imports may mean: modules, and names in them."""
+
+
+def _code(module: str, path: Path) -> _Code:
+    return _read(module, path, path.stat().st_mtime_ns)
 
 
 @cache
-def _read(module: str) -> _Code:
-    path = _file(module)
-    if path is None:
-        raise FileNotFoundError(f"no module {module}")
-    text = path.read_text(encoding="utf-8")
+def _read(module: str, path: Path, _changed: int) -> _Code:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SyntaxError(f"it is not in UTF-8 ({error.reason})", (str(path), None, None, None)) from None
     tree = ast.parse(text, str(path))
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     nodes = list(_running(tree))
@@ -73,15 +89,15 @@ def _read(module: str) -> _Code:
         named.add(f"{module}.__main__")
     # With a module its packages are imported, too.
     named |= {parent for name in (*named, module) for parent in _parents(name)}
-    imports = {name for name in named if name != module and not _is_around(name) and _file(name)}
-    return _Code(hashlib.sha256(_essence(text, nodes).encode()).hexdigest(), tuple(sorted(imports)))
+    return _Code(hashlib.sha256(_essence(text, nodes).encode()).hexdigest(), tuple(sorted(named - {module})))
 
 
-def _file(module: str) -> Path | None:
-    room, _, rest = module.partition(".")
-    if room != rooms.__name__:
+def _own_file(module: str) -> Path | None:
+    """Find a module of `steps`, those around a step excepted."""
+    room, *rest = module.split(".")
+    if room != rooms.__name__ or any(module == name or module.startswith(f"{name}.") for name in _AROUND):
         return None
-    place = Path(rooms.__path__[0]).joinpath(*rest.split(".")) if rest else Path(rooms.__path__[0])
+    place = Path(rooms.__path__[0], *rest)
     candidates = (place / "__init__.py", place.with_suffix(".py"))
     return next((path for path in candidates if path.is_file()), None)
 
@@ -112,10 +128,6 @@ def _imported(node: ast.AST, package: str) -> Iterator[str]:
 def _parents(module: str) -> Iterator[str]:
     parts = module.split(".")
     yield from (".".join(parts[:count]) for count in range(1, len(parts)))
-
-
-def _is_around(module: str) -> bool:
-    return any(module == name or module.startswith(f"{name}.") for name in _AROUND)
 
 
 def _essence(text: str, nodes: Iterable[ast.AST]) -> str:

@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,17 +21,7 @@ Edit = Callable[[str, str, str], None]
 
 
 @pytest.fixture
-def fresh() -> Iterator[None]:
-    """Read every module anew, before and after."""
-    code_of_steps._read.cache_clear()
-    code_digest.cache_clear()
-    yield
-    code_of_steps._read.cache_clear()
-    code_digest.cache_clear()
-
-
-@pytest.fixture
-def edit(tmp_path: Path, fresh: None, monkeypatch: pytest.MonkeyPatch) -> Edit:
+def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Edit:
     """A copy of all steps whose code may be edited: file, old, new; with no old it is added at the end."""
     copy = tmp_path / "steps"
     shutil.copytree(rooms.__path__[0], copy, ignore=shutil.ignore_patterns("__pycache__"))
@@ -42,8 +32,6 @@ def edit(tmp_path: Path, fresh: None, monkeypatch: pytest.MonkeyPatch) -> Edit:
         text = path.read_text(encoding="utf-8")
         assert old in text
         path.write_text(text.replace(old, new, 1) if old else text + new, encoding="utf-8")
-        code_of_steps._read.cache_clear()
-        code_digest.cache_clear()
 
     return change
 
@@ -110,15 +98,14 @@ def test_what_a_step_imports_while_it_runs_is_in_its_key(tmp_path: Path) -> None
     done = subprocess.run([sys.executable, "-c", program, str(spec)], capture_output=True, text=True, check=True)
     code, imported = json.loads(done.stdout.splitlines()[-1])
     assert code == 0
-    around = {name for name in imported if code_of_steps._is_around(name)}
-    assert set(imported) - around <= code_modules("steps.model.pico")
-    assert "steps.lm.checkpoint" in imported
+    run = {name for name in imported if code_of_steps._own_file(name)}
+    assert run <= code_modules("steps.model.pico").keys()
+    assert "steps.lm.checkpoint" in run
 
 
 def test_no_step_imports_our_modules_by_a_name_that_is_made_up_as_it_runs() -> None:
     """The digest sees import statements only."""
     for name in kind_names():
-        for module in code_modules(f"steps.{name}"):
-            text = Path(rooms.__path__[0], *module.split(".")[1:]).with_suffix(".py")
-            if text.exists() and "import_module(" in (content := text.read_text(encoding="utf-8")):
-                assert 'import_module(f"steps' not in content and 'import_module("steps' not in content
+        for path in code_modules(f"steps.{name}").values():
+            content = path.read_text(encoding="utf-8")
+            assert 'import_module(f"steps' not in content and 'import_module("steps' not in content

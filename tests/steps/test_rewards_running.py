@@ -133,6 +133,38 @@ def test_user_function_by_file_and_by_module(write: Write, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize(
+    ("path", "file"),
+    [
+        ("a_pkg:words", "a_pkg/impl.py"),
+        ("a_pkg:words", "a_pkg/deeper.py"),
+        ("a_pkg:words", "beside.py"),
+        ("mine.py:words", "beside.py"),
+    ],
+)
+def test_the_users_own_code_behind_a_function_names_it(
+    path: str, file: str, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A function that is imported from elsewhere, and what it calls."""
+    monkeypatch.chdir(tmp_path)
+    write("a_pkg/__init__.py", "from a_pkg.impl import words\n")
+    write("a_pkg/impl.py", "def words(rollouts):\n    from . import deeper\n    return deeper.words(rollouts)\n")
+    write("a_pkg/deeper.py", "import json\nimport beside\n\n\ndef words(rollouts):\n    return [0] * len(rollouts)\n")
+    write("mine.py", "from beside import words\n")
+    write("beside.py", "def words(rollouts):\n    return [1] * len(rollouts)\n")
+    write("unused.py", "x = 1\n")
+    settings = {"kind": "user", "path": path}
+    before = READ.validate_python(settings)
+    write("unused.py", "x = 2\n")
+    write(file, (tmp_path / file).read_text() + "# why\n")
+    assert READ.validate_python(settings) == before
+    write(file, (tmp_path / file).read_text() + "y = 2\n")
+    assert READ.validate_python(settings).sha256 != before.sha256
+    assert "no longer what `sha256` says" in refused(before.model_dump())
+    write(file, "def words(:\n")
+    assert file in refused(settings)
+
+
+@pytest.mark.parametrize(
     ("body", "sentence"),
     [
         ("raise KeyError('colour')", "reward `mine` raised KeyError: 'colour'"),

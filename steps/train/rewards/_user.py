@@ -13,9 +13,13 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, ValidationInfo
 
 from steps.artifacts import digest_file
+from steps.frame.code import digest_modules, modules_behind
 from steps.frame.errors import UserError, did_you_mean
 from steps.lm.tasks import Rollout
 from steps.train.rewards._reward import reward
+
+_OURS = ("steps", "flows", "registry")
+"""Our own code, which enters the key by itself."""
 
 
 def _has_function(path: str) -> str:
@@ -35,9 +39,13 @@ def _has_function(path: str) -> str:
 def _pinned(given: str, info: ValidationInfo) -> str:
     if "path" not in info.data:
         return given
-    found = digest_file(_file_of(info.data["path"].rpartition(":")[0])).sha256
+    module = info.data["path"].rpartition(":")[0]
+    try:
+        found = digest_modules(_modules_behind(module))
+    except SyntaxError as error:
+        raise ValueError(f"user: {error.filename} line {error.lineno}: {error.msg}") from None
     if given and given != found:
-        raise ValueError(f"user: the file of {info.data['path']} is no longer what `sha256` says")
+        raise ValueError(f"user: the code of {info.data['path']} is no longer what `sha256` says")
     return found
 
 
@@ -55,7 +63,8 @@ def user(
     Args:
         rollouts: sampled answers.
         path: `package.module:function`, or `file.py:function` relative to the project's directory.
-        sha256: of the function's file. Filled in, so that a changed function is a new step.
+        sha256: of the code of the function's file and of what it imports of your own. Filled in, so that a changed
+            function is a new step.
 
     Raises:
         UserError: the module cannot be imported, or has no such function.
@@ -89,6 +98,29 @@ def _imported(name: str) -> ModuleType:
         spec.loader.exec_module(module)
         sys.modules[known] = module
     return sys.modules[known]
+
+
+def _modules_behind(module: str) -> dict[str, Path]:
+    """Return the function's module and the user's own modules behind it: of its package, or below this directory."""
+    file = _file_of(module)
+    name = module if not module.endswith(".py") else file.stem
+    package, here = name.partition(".")[0], Path.cwd()
+
+    def find(wanted: str) -> Path | None:
+        if wanted == name:
+            return file
+        room = wanted.partition(".")[0]
+        if room in _OURS or room in sys.stdlib_module_names:
+            return None
+        try:
+            found = _file_of(wanted)
+        except ValueError:
+            # A name in a module, or none of Python's files.
+            return None
+        is_local = found.is_relative_to(here) and "site-packages" not in found.parts
+        return found if is_local or room == package else None
+
+    return modules_behind(name, find)
 
 
 def _file_of(module: str) -> Path:
