@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 from rich.table import Table
 
@@ -64,7 +65,6 @@ def _native(root: Path) -> Path:
     flags = {"CMAKE_ARGS": "-DGGML_NATIVE=ON"}
     if "amx_tile" in this_processor().features:
         flags |= {"CFLAGS": _NO_AMX, "CXXFLAGS": _NO_AMX}
-    os.environ.update(flags)
-    with stages.stage("llama.cpp, compiled natively") as log:
+    with stages.stage("llama.cpp, compiled natively") as log, patch.dict(os.environ, flags):
         builder.compile(source, [], log)
     return source / "llama_cpp" / "lib"

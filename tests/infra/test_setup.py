@@ -208,7 +208,7 @@ def built(source: Path, names: Sequence[str] | None, flags: str) -> Path:
             shutil.unpack_archive(wheel, target, "zip")
             return target / "llama_cpp" / "lib"
         builder.compile(source, names, log)
-        target = scratch / "-".join(names)
+        target = scratch / ("-".join(names) or "native")
         shutil.copytree(source / "llama_cpp" / "lib", target)
         return target
 
