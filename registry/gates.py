@@ -114,6 +114,13 @@ class GateDecision(BaseModel):
     promote: bool
     outcomes: tuple[GateOutcome, ...] = ()
     sentence: str
+    against: int | None = None
+    """Version of the champion that the candidate met; None where there was none to meet."""
+
+    @property
+    def needs_champion(self) -> bool:
+        """Whether it rests on a comparison with the champion, or on there being none."""
+        return any(outcome.gate.against for outcome in self.outcomes)
 
 
 class _Statistic(NamedTuple):

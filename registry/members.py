@@ -104,6 +104,8 @@ class Family(BaseModel):
     """Version by alias: `candidate`, `champion`, `previous`."""
     releases: tuple[Release, ...]
     """Oldest first."""
+    move: int = 0
+    """Number of the last move of its champion, see `registry.champions`."""
 
     def release(self, reference: str) -> Release:
         """Return the release of an alias (`champion`), of a version number, or of an id's first 8 or more digits.

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from registry.champions import SUFFIX, replay
 from registry.gates import GateDecision
 from registry.members import Family, Member, Release, ReportRef
 from registry.tracking import Tracking
@@ -28,20 +29,34 @@ def read_family(tracking: Tracking, family: str) -> Family | None:
         raise
     if FAMILY_TAG not in registered.tags:
         return None
-    aliases = {name: int(version) for name, version in sorted(registered.aliases.items())}
+    every = sorted(versions_of(tracking, family), key=lambda version: int(version.version))
+    standing = replay(registered, versions_of(tracking, f"{family}{SUFFIX}"))[-1]
+    stands = {**registered.aliases, "champion": standing.champion, "previous": standing.previous}
+    known = {int(version.version) for version in every}
+    aliases = {name: int(version) for name, version in sorted(stands.items()) if version and int(version) in known}
     groups: dict[str, list[ModelVersion]] = {}
-    for version in sorted(versions_of(tracking, family), key=lambda version: int(version.version)):
-        # A version that someone registered by hand, or whose source is not the model it names, is none of ours.
-        own = version.source == f"models:/{version.tags.get('posttrain.model')}"
-        if own and "posttrain.release" in version.tags:
-            groups.setdefault(version.tags["posttrain.release"], []).append(version)
+    for version in filter(is_ours, every):
+        groups.setdefault(version.tags["posttrain.release"], []).append(version)
     releases = [_release(release, versions, aliases) for release, versions in groups.items()]
-    return Family(name=family, aliases=aliases, releases=tuple(each for each in releases if each))
+    return Family(name=family, aliases=aliases, releases=tuple(each for each in releases if each), move=standing.move)
+
+
+def is_ours(version: "ModelVersion") -> bool:
+    """Whether a release made this version: not somebody by hand, and its source is the model that it names."""
+    own = version.source == f"models:/{version.tags.get('posttrain.model')}"
+    return own and "posttrain.release" in version.tags
 
 
 def _release(release: str, versions: list["ModelVersion"], aliases: Mapping[str, int]) -> Release | None:
-    """Put a release together from its versions; None while its principal member is missing."""
-    ordered = sorted(versions, key=lambda version: version.tags["posttrain.head"] != "true")
+    """Put a release together from its versions, oldest first; None while its principal member is missing.
+
+    Where two machines published the same at once, there are several versions of a member: the first counts.
+    """
+    first = {version.tags["posttrain.digest"]: version for version in reversed(versions)}
+    ordered = sorted(
+        (each for each in versions if first[each.tags["posttrain.digest"]] is each),
+        key=lambda version: version.tags["posttrain.head"] != "true",
+    )
     head, tags = ordered[0], ordered[0].tags
     if tags["posttrain.head"] != "true":
         return None

@@ -8,10 +8,11 @@ import pytest
 
 from registry.errors import RegistryError
 from registry.family import family_names, list_families, load, promote, publish, resolve, rollback, show
-from registry.gates import GateDecision
+from registry.gates import Gate, GateDecision, GateOutcome
 from registry.index import Entry
 from registry.members import Release
 from registry.record import Execution
+from registry.registrar import Registrar
 from steps.artifacts import Artifact
 from tests.registry.workshop import Workshop
 
@@ -133,17 +134,75 @@ def test_the_champion_moves_only_with_a_decision_and_back(workshop: Workshop) ->
     assert aliases(workshop) == {"candidate": four.version, "champion": four.version, "previous": one.version}
 
 
-def test_interrupted_moves_are_put_right(workshop: Workshop) -> None:
+def test_aliases_that_were_moved_by_hand_or_left_behind_by_a_kill_follow_the_log(workshop: Workshop) -> None:
     client = workshop.recorder.tracking.client
     one, two = released(workshop, b"one"), released(workshop, b"two")
-    # As if killed in `rollback` after the champion moved, before `previous` did.
+    # As if killed between a move and the aliases; as if set by hand on MLflow's page.
     client.set_registered_model_alias("pico", "champion", str(one.version))
+    client.delete_registered_model_alias("pico", "previous")
+    shutil.rmtree(workshop.home.index)
+    assert aliases(workshop) == {"candidate": two.version, "champion": two.version, "previous": one.version}
     assert rollback(workshop.recorder, "pico").id == one.id
     assert aliases(workshop) == {"candidate": two.version, "champion": one.version}
-    # As if killed in `publish` between `previous` and `champion`.
-    client.set_registered_model_alias("pico", "previous", str(one.version))
+    assert client.get_registered_model("pico").aliases == {"candidate": two.version, "champion": one.version}
+    moves = sorted(client.search_model_versions("name = 'pico.champions'"), key=lambda move: int(move.version))
+    assert [move.tags["posttrain.move.champion"] for move in moves] == ["1", "5", "1"]
+    assert family_names(workshop.home) == ["pico"]
+
+
+def test_a_family_from_before_the_log_goes_on_from_its_aliases(workshop: Workshop) -> None:
+    client = workshop.recorder.tracking.client
+    one, two = released(workshop, b"one"), released(workshop, b"two")
+    client.delete_registered_model("pico.champions")
     three = released(workshop, b"three")
-    assert aliases(workshop) == {"candidate": three.version, "champion": three.version, "previous": one.version}
+    assert aliases(workshop) == {"candidate": three.version, "champion": three.version, "previous": two.version}
+    assert rollback(workshop.recorder, "pico").id == two.id
+    assert rollback(workshop.recorder, "pico").id == one.id
+
+
+def test_a_family_that_was_deleted_begins_anew(workshop: Workshop) -> None:
+    client = workshop.recorder.tracking.client
+    released(workshop, b"one")
+    released(workshop, b"two")
+    client.delete_registered_model("pico")
+    one = released(workshop, b"three", NO)
+    assert aliases(workshop) == {"candidate": one.version}
+    two = released(workshop, b"four")
+    assert aliases(workshop) == {"candidate": two.version, "champion": two.version}
+
+
+def judged(against: int | None) -> GateDecision:
+    """A decision that rests on a comparison with the champion."""
+    gate = Gate(metric="quality.kl", against="champion")
+    outcome = GateOutcome(gate=gate, member="merged", passed=True, value=0.1, sentence="It is as good.")
+    return GateDecision(promote=True, outcomes=(outcome,), sentence="Promoted: it is as good.", against=against)
+
+
+def test_who_was_judged_against_another_champion_than_there_is_waits(workshop: Workshop) -> None:
+    one = released(workshop, b"one", judged(None))
+    assert aliases(workshop)["champion"] == one.version
+    for against, met in ((None, "no champion"), (99, "version 99")):
+        two = released(workshop, b"two", judged(against))
+        assert two.decision
+        assert f"it met {met}, and version 1 is champion now" in two.decision.sentence
+        assert aliases(workshop) == {"candidate": two.version, "champion": one.version}
+    two = released(workshop, b"two", judged(one.version))
+    assert aliases(workshop) == {"candidate": two.version, "champion": two.version, "previous": one.version}
+    again = released(workshop, b"two", judged(one.version))
+    assert again.decision
+    assert again.decision.promote, "published again, it is the champion that it became"
+
+
+def test_a_move_that_was_decided_before_anothers_counts_for_nothing(workshop: Workshop) -> None:
+    released(workshop, b"one")
+    registrar = Registrar(workshop.recorder, "pico")
+    seen = registrar.state()
+    released(workshop, b"two")
+    assert not registrar.set_champion(seen, 1, None, "late")
+    assert aliases(workshop)["champion"] == 5
+    assert registrar.state().aliases["champion"] == 5
+    assert registrar.set_champion(registrar.state(), 1, 5, "in time")
+    assert registrar.state().aliases["champion"] == 1
 
 
 def test_a_publication_killed_midway_is_completed(workshop: Workshop) -> None:
@@ -151,6 +210,7 @@ def test_a_publication_killed_midway_is_completed(workshop: Workshop) -> None:
     client = workshop.recorder.tracking.client
     client.delete_model_version("pico", str(one.members[2].version))
     client.delete_registered_model_alias("pico", "champion")
+    client.delete_registered_model("pico.champions")
     again = released(workshop, b"one")
     assert [member.selector for member in again.members] == ["hf", "gguf:Q4_K_M", "gptq-int4", "gguf:Q8_0"]
     assert (again.id, again.version) == (one.id, one.version)
