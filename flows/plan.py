@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flows.graph import Graph, Node
-from flows.runtimes import Say, fault, imported, needed, prove_unproven, unproven
+from flows.runtimes import Say, fault, gpu_fault, imported, needed, prove_unproven, unproven
 from registry.errors import RegistryError
 from registry.family import resolve
 from registry.home import Home
@@ -231,10 +231,12 @@ def _with_verdict(graph: Graph, step: PlannedStep) -> PlannedStep:
     runtimes = needed(graph, step.node)
     if why := fault(runtimes):
         return replace(step, status="blocked", reason=f"{graph.loaded.file.where(step.node.place)}: {why}")
+    said = [step.reason] if step.reason else []
     if open_ := unproven(runtimes):
-        said = f"{', '.join(open_)} not proven on this machine yet"
-        return replace(step, reason=f"{step.reason}; {said}" if step.reason else said)
-    return step
+        said.append(f"{', '.join(open_)} not proven on this machine yet")
+    if "torch" in runtimes and (why := gpu_fault()):
+        said.append(why)
+    return replace(step, reason="; ".join(said))
 
 
 def environment_python(name: str) -> Path:

@@ -8,7 +8,7 @@ from flows.graph import build_graph
 from flows.opponent import with_opponent
 from flows.plan import Plan, make_plan
 from flows.recipe import load_recipe
-from flows.runtimes import Say, prove_unproven
+from flows.runtimes import Say, gpu_fault, prove_unproven
 from registry.home import Home, silence_telemetry
 from steps.frame import UserError
 from steps.frame.errors import did_you_mean
@@ -100,6 +100,8 @@ def prepare(
     recipe_path(recipe)
     # Which precision is fast here enters the keys.
     prove_unproven(["torch", *(["CUDA"] if gpus() else [])], say)
+    if why := gpu_fault():
+        say(f"steps are {why}")
     plan = plan_recipe(recipe, overrides, thorough=True, profile=profile, home=home, say=say)
     if plan.blocked:
         step = plan.blocked[0]

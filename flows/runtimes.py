@@ -6,7 +6,7 @@ from flows.graph import Graph, Node
 from steps.frame import Like
 from steps.runtime.gpus import gpus
 from steps.runtime.proof import all_proofs
-from steps.runtime.verdicts import last_verdict, prove_and_keep
+from steps.runtime.verdicts import is_broken, last_verdict, prove_and_keep
 
 Say = Callable[[str], None]
 
@@ -25,10 +25,22 @@ def needed(graph: Graph, node: Node) -> list[str]:
 
 
 def imported(node: Node) -> list[str]:
-    """Return the runtimes that a step's packages import where they are there, though its settings may not call them."""
+    """Return the runtimes that a step's packages import where they are there, though its settings may not call them.
+
+    What is imported imports more: peft GPTQModel, and that llama.cpp.
+    """
     there = {name.lower() for name in node.kind.libraries} | {name.partition(".")[0] for name in node.kind.preload}
-    named = {name: {proof.distribution.lower(), *proof.imported_by} for name, proof in all_proofs().items()}
-    return [name for name, brought in named.items() if brought & there and (name != "CUDA" or gpus())]
+    found: list[str] = []
+    while True:
+        more = [
+            name
+            for name, proof in all_proofs().items()
+            if name not in found and {proof.distribution.lower(), *proof.imported_by} & there
+        ]
+        if not more:
+            return [name for name in found if name != "CUDA" or gpus()]
+        found += more
+        there |= {all_proofs()[name].distribution.lower() for name in more}
 
 
 def _opening(graph: Graph, node: Node) -> list[str]:
@@ -61,6 +73,15 @@ def fault(runtimes: Iterable[str]) -> str | None:
         if verdict and verdict.status == "absent":
             return f"{name} is needed: {verdict.reason}; {verdict.advice or 'see `posttrain doctor`'}"
     return None
+
+
+def gpu_fault() -> str | None:
+    """Return why steps that ask for no GPU compute on the processor though this machine has one; None where they do
+    not."""
+    if not gpus() or not is_broken("CUDA"):
+        return None
+    verdict = last_verdict("CUDA")
+    return f"computed without the GPU, on which torch does not work{f': {verdict.reason}' if verdict else ''}"
 
 
 def unproven(runtimes: Iterable[str]) -> list[str]:

@@ -20,21 +20,29 @@ def compiled(source: str, target: Path) -> Path:
     return target
 
 
-def dying_variant(death: str, folder: Path, name: str = "newest") -> None:
-    """Put a processor backend into a folder of llama.cpp's that calls itself the best and dies when it is loaded."""
+def dying_variant(death: str, folder: Path, name: str = "newest", *, at_once: bool = False) -> None:
+    """Put a processor backend into a folder of llama.cpp's that calls itself the best and dies when it is loaded.
+
+    Args:
+        death: what it does, in C.
+        folder: where the others lie.
+        name: the variant's.
+        at_once: whether it dies as soon as it is opened, before it has told how good it is.
+    """
     source = (
         f"int ggml_backend_score(void) {{ return 1 << 20; }}\nvoid *ggml_backend_init(void) {{ {death} return 0; }}"
     )
-    compiled(source, folder / f"libggml-cpu-{name}.so")
+    opened = f"__attribute__((constructor)) static void die(void) {{ {death} }}" if at_once else ""
+    compiled(f"{source}\n{opened}", folder / f"libggml-cpu-{name}.so")
 
 
-def llama_cpp_with(death: str, folder: Path, *, others: bool) -> Path:
+def llama_cpp_with(death: str, folder: Path, *, others: bool, at_once: bool = False) -> Path:
     """Return a folder of llama.cpp's libraries with a backend that dies, beside the real ones or alone."""
     folder.mkdir(parents=True)
     for path in LLAMA_CPP.glob("*.so"):
         if others or not path.name.startswith("libggml-cpu-"):
             shutil.copyfile(path, folder / path.name)
-    dying_variant(death, folder)
+    dying_variant(death, folder, at_once=at_once)
     return folder
 
 
@@ -47,3 +55,11 @@ def package_with(name: str, library: str, death: str, folder: Path) -> Path:
             (overlay / path.name).symlink_to(path)
     compiled(f"__attribute__((constructor)) static void die(void) {{ {death} }}", overlay / library)
     return folder / "site-packages"
+
+
+def module_with(name: str, death: str, folder: Path) -> Path:
+    """Return a folder for PYTHONPATH that holds a native module which dies as it is imported."""
+    target = folder / "site-packages" / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    compiled(f"__attribute__((constructor)) static void die(void) {{ {death} }}", target)
+    return target.parent

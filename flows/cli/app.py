@@ -188,16 +188,18 @@ def doctor(
 ) -> None:
     """Prove every native library by a real call in a child process, and say what to do about those that are broken.
 
-    Exit code 1 where one is broken. `plan` and `run` read the verdicts: a step whose runtime is broken is blocked.
+    Exit code 1 where one is broken, or one that posttrain needs is not installed. `plan` and `run` read the verdicts:
+    a step whose runtime is broken is blocked.
     """
-    from flows.cli.doctor import doctor_table, examine
+    from flows.cli.doctor import doctor_table, examine, is_missing
 
     found = examine(runtimes or [])
     if as_json:
         print_json(found)
     else:
         console().print(doctor_table(found))
-    raise typer.Exit(1 if any(each["status"] == "broken" for each in found["runtimes"]) else 0)
+    wrong = [each for each in found["runtimes"] if each["status"] == "broken" or is_missing(each)]
+    raise typer.Exit(1 if wrong else 0)
 
 
 @app.command()

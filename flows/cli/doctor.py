@@ -49,6 +49,11 @@ def examine(runtimes: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def is_missing(row: Mapping[str, Any]) -> bool:
+    """Whether a runtime that posttrain needs on every machine is not there."""
+    return row["status"] == "absent" and not row["optional"]
+
+
 def doctor_table(found: Mapping[str, Any]) -> Group:
     """Draw what `examine` found."""
     head = Text.assemble(

@@ -7,7 +7,7 @@ from typing import Literal, cast
 
 from steps.runtime.gpus import gpus
 from steps.runtime.processor import this_processor
-from steps.runtime.verdicts import is_broken, last_verdict
+from steps.runtime.verdicts import is_broken, kept_choice, last_verdict
 
 _elsewhere: ContextVar[bool] = ContextVar("elsewhere", default=False)
 
@@ -34,8 +34,10 @@ def fast_dtype() -> Literal["bfloat16", "float32"]:
     (measured: 2 to 3 times faster), float32 elsewhere (Intel's AVX512-BF16 alone: 54 to 89 against 130 GFLOP/s on one
     core). It enters the keys of the steps that compute in it.
     """
-    verdict = last_verdict("CUDA" if gpus() and not is_broken("CUDA") else "torch")
-    measured = verdict.facts.get("fast_dtype") if verdict and verdict.status == "works" else None
+    runtime = "CUDA" if gpus() and not is_broken("CUDA") else "torch"
+    verdict = last_verdict(runtime)
+    found = verdict.facts.get("fast_dtype") if verdict and verdict.status == "works" else None
+    measured = found or kept_choice(runtime)
     if measured in ("bfloat16", "float32"):
         return cast(Literal["bfloat16", "float32"], measured)
     processor = this_processor()

@@ -14,7 +14,7 @@ from typing import Any
 
 from steps.frame.scale import environment, launch_command, open_to_nodes
 from steps.frame.spec import LOG_NAME, PROGRESS_NAME, RESULT_NAME, SPEC_NAME, StepResult, StepSpec
-from steps.runtime.death import fatal_error, fatal_library, how_it_ended, last_words
+from steps.runtime.death import fatal_error, fatal_library, how_it_ended, is_native_death, last_words
 from steps.runtime.proof import all_proofs
 
 OnProgress = Callable[[Mapping[str, Any]], None]
@@ -191,9 +191,9 @@ def _told(why: str, log: Path, began: int) -> str:
     """Add to what happened the native library in play, what is to be done, the last lines of the log, and its place."""
     text = _tail(log, began)
     parts = [why]
-    if (library := fatal_library(text)) and " died" in why and "SIGKILL" not in why:
+    if (library := fatal_library(text)) and is_native_death(why):
         parts[0] += f" in {library}"
-        runtimes = [proof.runtime for proof in all_proofs().values() if proof.module == library]
+        runtimes = [proof.runtime for proof in all_proofs().values() if library in (proof.module, *proof.beside)]
         if runtimes:
             parts.append(f"`posttrain doctor {runtimes[0]}` tells whether it works on this machine")
     if words := last_words(text):

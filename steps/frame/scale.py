@@ -26,7 +26,7 @@ from steps.frame.config import Resources
 from steps.frame.errors import UserError
 from steps.frame.spec import RESULT_NAME, SPEC_NAME, StepResult, StepSpec
 from steps.runtime.gpus import gpus
-from steps.runtime.verdicts import is_broken
+from steps.runtime.verdicts import BROKEN, broken_here, is_broken
 
 PROFILES = Path(__file__).parents[2] / "infra" / "accelerate"
 DEEPSPEED = Path(sys.prefix) / "share" / "posttrain" / "deepspeed"
@@ -167,7 +167,8 @@ def environment() -> dict[str, str]:
         # The kernel counts in hundredths of a second: one moment says little of others, but idle is idle.
         shared = all(busy_cores() > _BUSY for _ in range(_MOMENTS))
         kept["GOMP_SPINCOUNT"] = "20000" if shared else "100000"
-    return {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", **kept}
+    # By the working directory a package of the same name as one of ours would be taken for it.
+    return {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "PYTHONSAFEPATH": "1", **kept, BROKEN: broken_here()}
 
 
 def busy_cores(seconds: float = 0.1) -> float:

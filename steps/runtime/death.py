@@ -7,8 +7,8 @@ import re
 import signal
 from collections.abc import Iterator
 
-NATIVE_SIGNALS = ("SIGILL", "SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE")
-"""Signals by which native code dies of its own doing."""
+_NATIVE_SIGNALS = (signal.SIGILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGTRAP)
+"""Signals by which native code dies of its own doing; by the others somebody else ends it: a person, the kernel."""
 
 _FATAL = re.compile(r"^Fatal Python error: (.+)$", re.MULTILINE)
 _FRAME = re.compile(r'^  File "([^"]+)", line \d+ in ', re.MULTILINE)
@@ -27,6 +27,16 @@ def how_it_ended(code: int) -> str:
         return f"died of {signal.Signals(-code).name}"
     except ValueError:
         return f"died of signal {-code}"
+
+
+def died_by_itself(code: int) -> bool:
+    """Whether an exit code, negative for a signal, says that a process's own native code ended it."""
+    return -code in _NATIVE_SIGNALS
+
+
+def is_native_death(text: str) -> bool:
+    """Whether a text says, in the words of `how_it_ended`, that native code ended a process, or several of them."""
+    return "several died" in text or any(f"died of {number.name}" in text for number in _NATIVE_SIGNALS)
 
 
 def fatal_library(log: str) -> str:

@@ -9,11 +9,16 @@ _DRIVER = Path("/proc/driver/nvidia")
 
 def gpus() -> list[str]:
     """Return the NVIDIA GPUs that may be used, by the names that `CUDA_VISIBLE_DEVICES` gives them."""
-    there = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    there = device_files()
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None or not there:
         return [str(number) for number in range(there)]
     return [name for name in chosen.split(",") if name.strip() not in ("", "-1")]
+
+
+def device_files() -> int:
+    """Return for how many GPUs there are device files; a container may know the driver and have none."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def gpus_identity() -> str:
@@ -25,6 +30,6 @@ def gpus_identity() -> str:
             told += [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]
     with suppress(OSError):
         told.append((_DRIVER / "version").read_text(encoding="utf-8", errors="replace").splitlines()[0])
-    if not told and (count := len(list(Path("/dev").glob("nvidia[0-9]*")))):
+    if not told and (count := device_files()):
         told.append(f"{count} GPUs")
     return "; ".join(told)

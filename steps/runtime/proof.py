@@ -10,7 +10,6 @@ import importlib.util
 import json
 import os
 import pkgutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -26,17 +25,17 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from steps.runtime import proofs
-from steps.runtime.death import fatal_library, how_it_ended, last_words
+from steps.runtime.children import children
+from steps.runtime.death import died_by_itself, fatal_library, how_it_ended, last_words
 
 Facts = Mapping[str, float | str]
 Status = Literal["works", "broken", "absent"]
 
 _PATIENCE = 300.0
 """Seconds after which a proof counts as failed; the slowest takes some ten."""
-_FROM_OUTSIDE = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGHUP)
-"""Signals by which others end a process: a person, a service, the kernel where memory is short."""
-ABSENT_CODE = 69
-"""Exit code of a child whose runtime says that this machine lacks what it needs."""
+ABSENT_CODE, PASSING_CODE = 69, 75
+"""Exit codes of a child whose runtime says that this machine lacks what it needs, or that it does so for now: memory,
+a full disk."""
 
 
 class Absent(Exception):
@@ -69,6 +68,8 @@ class Proof:
     """Of its module, which `all_proofs` fills in."""
     stands_on: tuple[str, ...] = ()
     """Distributions whose version it depends on."""
+    beside: tuple[str, ...] = ()
+    """Modules of other distributions whose native code it calls: where that dies, this is broken."""
     imported_by: tuple[str, ...] = ()
     """Distributions that import it where it is installed, and die with it."""
     attempts: Callable[[], Sequence[Mapping[str, str]]] = lambda: ({},)
@@ -85,7 +86,9 @@ class Proof:
         """Digest of which native libraries are installed, by name, size and time; tells that one was replaced."""
         values = {name: os.environ[name] for name in self.variables if name in os.environ}
         found = [path for root in _folders(self.module) for pattern in self.libraries for path in root.glob(pattern)]
-        found += [path for value in values.values() if Path(value).is_dir() for path in Path(value).glob("*.so")]
+        found += [path for name in self.beside for path in _extensions(name)]
+        # A value may be longer than any path: `os.path.isdir` says no where `Path.is_dir` raises.
+        found += [path for value in values.values() if os.path.isdir(value) for path in Path(value).glob("*.so")]  # noqa: PTH112
         told = [self.version, *map(str, values.items()), *map(_version, self.stands_on)]
         for path in sorted(found):
             # A library may vanish meanwhile, or be a link to nowhere.
@@ -128,8 +131,13 @@ def all_proofs() -> Mapping[str, Proof]:
     return {proof.runtime: proof for proof in found}
 
 
-def prove(proof: Proof) -> Verdict:
-    """Prove a runtime in child processes: in the best of its environments, and where it dies there, in the next."""
+def prove(proof: Proof, environment: Mapping[str, str] | None = None) -> Verdict:
+    """Prove a runtime in child processes: in the best of its environments, and where it dies there, in the next.
+
+    Args:
+        proof: the runtime's.
+        environment: variables for the children, beside those of this process.
+    """
     began = time.monotonic()
     known = {"runtime": proof.runtime, "distribution": proof.distribution, "optional": proof.optional}
     if not proof.version:
@@ -140,7 +148,7 @@ def prove(proof: Proof) -> Verdict:
     died, ended = [], _Ended("broken", reason="it cannot be loaded on this machine")
     first: _Ended | None = None
     for surroundings in proof.attempts():
-        ended = _call(proof, surroundings)
+        ended = _call(proof, {**(environment or {}), **surroundings})
         if ended.status != "broken":
             break
         first = first or ended
@@ -183,32 +191,33 @@ def _call(proof: Proof, surroundings: Mapping[str, str]) -> _Ended:
         answer, log = Path(folder) / "answer.json", Path(folder) / "log.txt"
         command = [sys.executable, "-X", "faulthandler", "-m", "steps.runtime", proof.name, str(answer)]
         with log.open("wb") as stream:
-            child = subprocess.Popen(
-                command,
-                env={**os.environ, **surroundings},
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=stream,
-                start_new_session=True,
-            )
+            # Not by what lies in the working directory, which may hold a package of the same name as ours.
+            child = children.start(command, {**os.environ, **surroundings, "PYTHONSAFEPATH": "1"}, stream)
             try:
                 code = child.wait(_PATIENCE)
             except subprocess.TimeoutExpired:
                 return _Ended("broken", reason=f"it did not answer within {_PATIENCE:.0f} s", lasting=False)
             finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
-        text = log.read_text(encoding="utf-8", errors="replace")
-        if code in (0, ABSENT_CODE) and answer.exists():
-            found = json.loads(answer.read_text())
-            return _Ended("works", facts=found) if code == 0 else _Ended("absent", reason=str(found["reason"]))
-        library = fatal_library(text) if code < 0 else ""
-        said = last_words(text, 1) if code > 0 else []
-        reason = (
-            f"it {how_it_ended(code)}" + (f" in {library}" if library else "") + "".join(f": {each}" for each in said)
-        )
-        return _Ended("broken", reason=reason, library=library, lasting=-code not in _FROM_OUTSIDE)
+                children.end(child)
+        return _ended(code, log.read_text(encoding="utf-8", errors="replace"), answer)
+
+
+def _ended(code: int, log: str, answer: Path) -> _Ended:
+    """Read how a call ended from its exit code, its log and its answer."""
+    if code in (0, ABSENT_CODE) and answer.exists():
+        found = json.loads(answer.read_text())
+        return _Ended("works", facts=found) if code == 0 else _Ended("absent", reason=str(found["reason"]))
+    library = fatal_library(log) if died_by_itself(code) else ""
+    said = last_words(log, 1) if code > 0 else []
+    reason = f"it {how_it_ended(code)}" + (f" in {library}" if library else "") + "".join(f": {each}" for each in said)
+    # Nothing is known of a runtime that was never called, or that somebody else ended.
+    lasting = died_by_itself(code) or (code > 0 and code != PASSING_CODE and begun_mark(answer).exists())
+    return _Ended("broken", reason=reason, library=library, lasting=lasting)
+
+
+def begun_mark(answer: Path) -> Path:
+    """Return the file that a child makes when it is about to call the runtime, beside its answer."""
+    return answer.with_name("begun")
 
 
 def _version(distribution: str) -> str:
@@ -216,6 +225,17 @@ def _version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def _extensions(module: str) -> list[Path]:
+    """Return the native libraries of a module: itself, where it is one, or those in its package."""
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return []
+    places = [Path(place) for place in (found.submodule_search_locations or [])] if found else []
+    own = [Path(found.origin)] if found and found.origin and found.origin.endswith(".so") else []
+    return own + [path for place in places for path in place.rglob("*.so")]
 
 
 def _folders(module: str) -> list[Path]:

@@ -4,22 +4,27 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from steps.frame import hardware
 from steps.frame.hardware import fast_dtype
-from steps.frame.launch import Launcher
+from steps.frame.launch import Launcher, _told
+from steps.frame.scale import environment
 from steps.runtime import verdicts
 from steps.runtime.death import fatal_library, how_it_ended, last_words
 from steps.runtime.processor import Processor, read_processor, this_processor
-from steps.runtime.proof import Verdict, all_proofs, prove
-from steps.runtime.verdicts import last_verdict, prove_and_keep
-from tests.broken import ABORT, ILLEGAL, LLAMA_CPP, compiled, llama_cpp_with
+from steps.runtime.proof import Proof, Verdict, all_proofs, prove
+from steps.runtime.verdicts import kept_choice, last_verdict, prove_and_keep
+from tests.broken import ABORT, ILLEGAL, LLAMA_CPP, compiled, llama_cpp_with, module_with
 from tests.conftest import Bench
 
 QEMU = shutil.which("qemu-x86_64")
@@ -47,16 +52,16 @@ def test_every_runtime_works_here_or_the_machine_lacks_what_it_is_for(runtime: s
     assert verdict.identity == all_proofs()[runtime].identity()
 
 
-@pytest.mark.parametrize(("death", "signal"), [(ABORT, "SIGABRT"), (ILLEGAL, "SIGILL")])
+@pytest.mark.parametrize(("death", "name", "at_once"), [(ABORT, "SIGABRT", False), (ILLEGAL, "SIGILL", True)])
 def test_a_variant_that_dies_is_passed_over_by_all_who_load_llama_cpp_afterwards(
-    death: str, signal: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    death: str, name: str, at_once: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = llama_cpp_with(death, tmp_path / "lib", others=True)
+    folder = llama_cpp_with(death, tmp_path / "lib", others=True, at_once=at_once)
     monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(folder))
     verdict = prove(all_proofs()["llama.cpp"])
     assert verdict.status == "works", verdict.reason
     assert verdict.facts["variant"] != "newest"
-    assert signal in verdict.reason or platform.machine() != "x86_64"
+    assert name in verdict.reason or platform.machine() != "x86_64"
     for _ in range(2):
         assert [path.read_text() for path in folder.glob("avoid-*.txt")] == ["newest\n"]
         assert loaded_variant(folder) == verdict.facts["variant"]
@@ -76,14 +81,69 @@ def test_a_proof_that_is_ended_from_outside_is_not_kept(
     assert verdict.status == "broken" and verdict.reason.startswith("it died of SIGKILL")
     assert last_verdict("llama.cpp") == verdict, "this run must not go on with it"
     assert not list(own_verdicts.rglob("llama_cpp-*.json")), "the next proves it anew"
+    code = "from steps.runtime.verdicts import hide_broken; hide_broken(); import llama_cpp"
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert "ModuleNotFoundError: import of llama_cpp halted" in ended.stderr, "its steps know what the run found"
 
 
-def test_what_cannot_be_written_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_written_is_known_to_the_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nowhere = tmp_path / "file"
     nowhere.write_text("")
     monkeypatch.setattr(verdicts, "folder", lambda: nowhere / "doctor")
-    (verdict,) = prove_and_keep(["vLLM"])
-    assert last_verdict("vLLM") == verdict
+    monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(llama_cpp_with(ABORT, tmp_path / "lib", others=False)))
+    (verdict,) = prove_and_keep(["llama.cpp"])
+    assert last_verdict("llama.cpp") == verdict
+    assert "llama.cpp" in environment()[verdicts.BROKEN].split(",")
+    monkeypatch.setattr(verdicts, "_of_this_process", {})
+    assert last_verdict("llama.cpp") is None
+
+
+def test_a_full_disk_is_no_fault_of_a_runtime(
+    own_verdicts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file may hold half a kilobyte, no more."""
+    full = tmp_path / "python"
+    full.write_text(f'#!/bin/sh\nulimit -f 1\nexec {sys.executable} "$@"\n')
+    full.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", str(full))
+        (verdict,) = prove_and_keep(["llama.cpp"])
+    assert verdict.status == "broken"
+    assert "ended with code 75" in verdict.reason, "the one for what may pass"
+    assert not list(own_verdicts.rglob("llama_cpp-*.json"))
+    assert prove_and_keep(["llama.cpp"])[0].status == "works"
+
+
+def test_a_package_of_our_name_in_the_working_directory_is_not_taken_for_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "steps").mkdir()
+    (tmp_path / "steps" / "__init__.py").write_text("raise RuntimeError('not ours')\n")
+    monkeypatch.chdir(tmp_path)
+    assert prove(all_proofs()["llama.cpp"]).status == "works"
+
+
+def test_an_interruption_ends_the_proofs_that_run(tmp_path: Path) -> None:
+    """A library that never comes back from being loaded, and Ctrl-C."""
+    folder = llama_cpp_with("sleep(600);", tmp_path / "lib", others=False)
+    surroundings = {**os.environ, "LLAMA_CPP_LIB_PATH": str(folder)}
+    code = "from steps.runtime.verdicts import prove_and_keep; print(1, flush=True); prove_and_keep(['llama.cpp'])"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert child.stdout and child.stdout.readline() == "1\n"
+    own = psutil.Process(child.pid)
+    deadline = time.monotonic() + 60
+    # The proof itself, not the one that asks for the variants.
+    while not any("steps.runtime" in each.cmdline() for each in own.children()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    started = own.children(recursive=True)
+    child.send_signal(signal.SIGINT)
+    child.wait(30)
+    psutil.wait_procs(started, timeout=10)
+    assert not [each for each in started if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_a_runtime_without_a_variant_that_lives_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +197,7 @@ def test_an_instruction_that_an_older_processor_lacks_is_found_in_a_child(
     older.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(older))
     verdict = prove(all_proofs()["bitsandbytes"])
-    assert verdict.status == "works" or verdict.reason == "it died of SIGILL in bitsandbytes"
+    assert verdict.reason == "it died of SIGILL in bitsandbytes"
 
 
 @pytest.mark.skipif(not BUILT_IN_VARIANTS, reason="needs set-up's llama.cpp")
@@ -230,6 +290,18 @@ def test_the_library_is_found_in_what_faulthandler_wrote(tmp_path: Path, thread:
     assert last_words(log) == ["one", "two"]
 
 
+@pytest.mark.parametrize("end", ["died of SIGTERM", "died of SIGKILL", "ended with code 1"])
+def test_who_was_ended_by_others_died_in_no_library(end: str, tmp_path: Path) -> None:
+    """A child that died earlier, and was survived, is still in the log."""
+    trace = (
+        'Fatal Python error: Aborted\n\nCurrent thread 0x1:\n  File "/x/site-packages/llama_cpp/a.py", line 1 in f\n'
+    )
+    (tmp_path / "log.txt").write_text(trace)
+    assert "llama_cpp" not in _told(f"its process {end}", tmp_path / "log.txt", 0).replace(str(tmp_path), "")
+    told = _told("its process died of SIGILL", tmp_path / "log.txt", 0)
+    assert "in llama_cpp; `posttrain doctor llama.cpp`" in told
+
+
 def test_a_log_without_a_death_names_no_library() -> None:
     assert fatal_library('Traceback:\n  File "/x/site-packages/torch/nn.py", line 3 in f\n') == ""
     assert how_it_ended(3) == "ended with code 3"
@@ -275,16 +347,100 @@ def test_another_processor_has_verdicts_of_its_own(own_verdicts: Path, monkeypat
     assert last_verdict("vLLM") is None
 
 
+def test_another_number_of_gpus_has_verdicts_of_its_own(own_verdicts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver may be there before its GPUs are."""
+    prove_and_keep(["CUDA"])
+    before = last_verdict("CUDA")
+    assert before
+    monkeypatch.setattr(verdicts, "device_files", lambda: 99)
+    assert last_verdict("CUDA") is None
+
+
+@pytest.mark.parametrize("value", [",".join(f"GPU-{n:036d}" for n in range(8)), "", "/dev/null"])
+def test_the_names_of_many_gpus_are_no_folder(value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.so").touch()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    seen = {proof.identity() for proof in all_proofs().values()}
+    (tmp_path / "own.so").unlink()
+    assert {proof.identity() for proof in all_proofs().values()} == seen, "the working directory has no part in it"
+
+
+def test_a_verdict_is_kept_for_the_libraries_that_were_called(
+    own_verdicts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is replaced while its proof runs is unproven."""
+    folder = tmp_path / "lib"
+    shutil.copytree(LLAMA_CPP, folder)
+    monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(folder))
+
+    def prove_and_replace(proof: Proof, environment: Mapping[str, str]) -> Verdict:
+        verdict = prove(proof, environment)
+        os.utime(folder / "libllama.so")
+        return verdict
+
+    monkeypatch.setattr(verdicts, "prove", prove_and_replace)
+    prove_and_keep(["llama.cpp"])
+    assert last_verdict("llama.cpp") is None
+
+
+def test_the_native_code_that_a_runtime_calls_in_other_packages_is_part_of_its_identity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = all_proofs()["GPTQModel"].identity()
+    monkeypatch.syspath_prepend(str(module_with("pcre_ext_c", ABORT, tmp_path)))
+    assert all_proofs()["GPTQModel"].identity() != before
+
+
+@pytest.mark.parametrize(
+    ("timed", "choice"),
+    [
+        ([(400.0, 200.0)] * 12, "bfloat16"),
+        ([(210.0, 200.0)] * 12, "float32"),
+        ([(400.0, 200.0)] * 10 + [(60.0, 200.0)] * 2, "bfloat16"),
+        ([(400.0, 200.0)] * 8 + [(60.0, 200.0)] * 4, ""),
+    ],
+)
+def test_measurements_that_contradict_each_other_choose_nothing(timed: list[tuple[float, float]], choice: str) -> None:
+    from steps.runtime.torch_checks import fast_dtype_of
+
+    assert fast_dtype_of(timed) == choice
+
+
+@pytest.mark.parametrize("harm", [b"", b"\xff\xfe\x00", b"float16"])
+def test_a_damaged_choice_is_made_anew(harm: bytes, own_verdicts: Path) -> None:
+    verdicts._keep_choice(all_proofs()["torch"], "float32")
+    (choice,) = own_verdicts.rglob("torch_cpu-fast-dtype-*.txt")
+    choice.write_bytes(harm)
+    assert kept_choice("torch") == ""
+    assert verdicts._keep_choice(all_proofs()["torch"], "bfloat16") == "bfloat16"
+    assert verdicts._keep_choice(all_proofs()["torch"], "float32") == "bfloat16"
+    assert [path.name for path in choice.parent.iterdir()] == [choice.name]
+
+
+def test_plan_and_run_compute_in_the_same_precision(own_verdicts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice outlives the verdict, of whose libraries only the times have changed."""
+    monkeypatch.setattr(hardware, "gpus", list)
+    for choice in ("float32", "bfloat16"):
+        for path in own_verdicts.rglob("*.txt"):
+            path.unlink()
+        verdicts._keep_choice(all_proofs()["torch"], choice)
+        assert last_verdict("torch") is None
+        assert fast_dtype() == choice
+
+
 def test_the_fast_precision_is_measured_once(own_verdicts: Path) -> None:
     (first,) = prove_and_keep(["torch"])
     (choice,) = own_verdicts.rglob("torch_cpu-fast-dtype-*.txt")
     assert choice.read_text() == first.facts["fast_dtype"]
+    assert "faster_this_time" not in first.facts
     other = {"bfloat16": "float32", "float32": "bfloat16"}[str(first.facts["fast_dtype"])]
     choice.write_text(other)
     for path in own_verdicts.rglob("torch_cpu-*.json"):
         path.unlink()
     (second,) = prove_and_keep(["torch"])
     assert second.facts["fast_dtype"] == other, "a second measurement changed the keys of every training"
+    assert second.facts["faster_this_time"] == first.facts["fast_dtype"]
 
 
 @pytest.mark.parametrize("measured", ["bfloat16", "float32"])
@@ -306,7 +462,7 @@ def test_what_was_measured_is_what_steps_compute_in(measured: str, monkeypatch: 
     ],
 )
 def test_before_it_is_measured_the_processor_tells(
-    model: str, flags: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+    model: str, flags: str, dtype: str, own_verdicts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = f"processor\t: 0\nmodel name\t: {model}\nflags\t\t: {flags}\n\nprocessor\t: 1\nflags\t\t: none\n"
     monkeypatch.setattr(hardware, "last_verdict", lambda _: None)

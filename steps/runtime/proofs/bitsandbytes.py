@@ -9,6 +9,7 @@ PROOF = Proof(
     distribution="bitsandbytes",
     module="bitsandbytes",
     libraries=("*.so",),
+    variables=("CUDA_VISIBLE_DEVICES",),
     stands_on=("torch",),
     imported_by=("peft", "gptqmodel"),
     serves="adapter: qlora, optimizer: adamw_8bit",

@@ -10,6 +10,10 @@ PROOF = Proof(
     module="gptqmodel",
     libraries=("**/*.so",),
     stands_on=("torch", "bitsandbytes", "PyPcre"),
+    beside=("pcre", "pcre_ext_c"),
+    variables=("CUDA_VISIBLE_DEVICES",),
+    # For each adapter it asks whether the layer is one of GPTQModel's.
+    imported_by=("peft",),
     serves="quantize.gptq",
     advice="leave `quantize.gptq` out until it works; `quantize.gguf` needs it not",
 )

@@ -60,6 +60,7 @@ PROOF = Proof(
     distribution="llama-cpp-python",
     module="llama_cpp",
     libraries=("lib/*.so", "lib/*.dylib"),
+    imported_by=("gptqmodel",),
     serves="GGUF: quantize.gguf, and every step that opens one",
     advice="`infra/setup.sh` builds it anew",
     variables=("LLAMA_CPP_LIB_PATH", VARIANT),

@@ -14,6 +14,7 @@ PROOF = Proof(
     libraries=("*.so",),
     variables=("CUDA_VISIBLE_DEVICES",),
     stands_on=("torch",),
+    imported_by=("trl",),
     serves="backend: vllm, rollouts: {kind: vllm}",
     advice="leave `backend` and `rollouts` out: transformers answers then, more slowly",
     optional=True,

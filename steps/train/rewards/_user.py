@@ -85,9 +85,9 @@ def _function(path: str) -> Any:
 
 
 def _imported(name: str) -> ModuleType:
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
     if not name.endswith(".py"):
-        if str(Path.cwd()) not in sys.path:
-            sys.path.append(str(Path.cwd()))
         return importlib.import_module(name)
     file = _file_of(name)
     known = f"posttrain_user_{digest_file(file).sha256[:16]}"
