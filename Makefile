@@ -14,6 +14,11 @@ help: ## Say what each target does
 
 setup: .venv/.ready ## Make .venv from the lock
 
+# A checkout that was moved or copied still has the paths of its old place in .venv.
+ifneq ($(shell cat .venv/.ready 2>/dev/null),$(CURDIR))
+.PHONY: .venv/.ready
+endif
+
 .venv/.ready: requirements.lock pyproject.toml infra/setup.sh $(wildcard infra/setup/*.py infra/*.lock)
 	@infra/setup.sh
 
@@ -64,7 +69,7 @@ schema: setup ## Write the JSON Schema that recipes point editors to
 	@$(posttrain) schema --to recipes/recipe.schema.json
 
 lock: setup ## Write the lock anew from what is installed
-	@.venv/bin/python -m pip freeze --all | sed -n -e "/^pip==/d" -e "s/+cpu$$//" -e "/^[A-Za-z0-9._-]*==/p" > requirements.lock
+	@.venv/bin/python -m infra.setup.packages
 
 clean: ## Remove .venv (artifacts in .posttrain stay)
 	@rm -rf .venv

@@ -1,9 +1,11 @@
 """`python -m infra.setup`, by `make setup`: every stage, the independent ones at once, then the proofs."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from infra.setup.llama_cpp import Builder
+from infra.setup.packages import LOCK as LOCK_NAME
+from infra.setup.packages import installed_files, locked, own_conflicts
 from infra.setup.stages import Log, StageFailed, Stages
 from steps.runtime.processor import this_processor
 
@@ -22,7 +26,7 @@ ROOT = Path.cwd()
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 SHARE = VENV / "share" / "posttrain"
-LOCK = ROOT / "requirements.lock"
+LOCK = ROOT / LOCK_NAME
 BINDING = "llama_cpp_python"
 COMPILED = ("PyPcre", "pycosat")
 """Packages that are compiled here. Never from pip's cache: PyPcre is built for one processor unless told otherwise."""
@@ -37,35 +41,58 @@ def main() -> int:
     print(
         f"setting up .venv for {this_processor().model} (some minutes the first time; logs in .venv/logs)", flush=True
     )
-    stages = Stages(VENV / "logs")
-    (VENV / ".ready").unlink(missing_ok=True)
     try:
-        _make_venv(stages)
-        with ThreadPoolExecutor(2) as pool:
-            llama_cpp = pool.submit(_build_llama_cpp, stages)
-            try:
-                pool.submit(_install_packages, stages).result()
-                wheel = llama_cpp.result()
-            except BaseException:
-                stages.stop()
-                raise
-        _install_binding(stages, wheel)
-        _prove(stages)
-    except StageFailed as error:
+        with _alone():
+            _remove_broken_venv()
+            stages = Stages(VENV / "logs")
+            (VENV / ".ready").unlink(missing_ok=True)
+            _set_up(stages)
+            # The place is part of it: a checkout that is moved or copied is set up again.
+            (VENV / ".ready").write_text(f"{ROOT}\n")
+    except (StageFailed, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        stages.stop()
         print("stopped; run the same command again to go on", file=sys.stderr)
         return 130
-    (VENV / ".ready").touch()
     stages.say(f"{'ready':<52} {time.monotonic() - began:6.1f} s")
     return 0
 
 
-def locked(name: str) -> str:
-    """Return the version of a package in the lock."""
-    return next(line.partition("==")[2] for line in LOCK.read_text().splitlines() if line.startswith(f"{name}=="))
+def _set_up(stages: Stages) -> None:
+    _make_venv(stages)
+    with ThreadPoolExecutor(2) as pool:
+        llama_cpp = pool.submit(_build_llama_cpp, stages)
+        try:
+            pool.submit(_install_packages, stages).result()
+            wheel = llama_cpp.result()
+        except BaseException:
+            stages.stop()
+            raise
+    _install_binding(stages, wheel)
+    _prove(stages)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Keep other set-ups of this checkout waiting, and end like Ctrl-C where somebody else ends this one."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    place = os.open(ROOT, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print("another set-up of this checkout runs; waiting for its end", flush=True)
+        fcntl.flock(place, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(place)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def cache() -> Path:
@@ -80,9 +107,15 @@ def cache() -> Path:
     return SHARE / "cache"
 
 
+def _remove_broken_venv() -> None:
+    """Remove what an interrupted set-up, or a Python that is gone, left of the environment."""
+    pip = [PYTHON, "-m", "pip", "--version"]
+    if VENV.is_dir() and not (PYTHON.exists() and subprocess.run(pip, capture_output=True).returncode == 0):
+        shutil.rmtree(VENV)
+
+
 def _make_venv(stages: Stages) -> None:
-    has_pip = PYTHON.exists() and subprocess.run([PYTHON, "-c", "import pip"], capture_output=True).returncode == 0
-    if not has_pip:
+    if not PYTHON.exists():
         with stages.stage("environment"):
             try:
                 venv.create(VENV, with_pip=True, symlinks=True)
@@ -92,6 +125,7 @@ def _make_venv(stages: Stages) -> None:
 
 def _install_packages(stages: Stages) -> None:
     """Install the lock, llama.cpp's binding excepted; torch's libraries for GPUs; posttrain; DeepSpeed beside them."""
+    os.environ["PYPCRE_DISABLE_NATIVE_FLAGS"] = "1"
     with stages.stage("Python packages") as log, tempfile.TemporaryDirectory() as scratch:
         lines = [line for line in LOCK.read_text().splitlines() if not line.startswith(f"{BINDING}==")]
         rest = Path(scratch) / "rest.lock"
@@ -117,12 +151,16 @@ def _install_compiled(log: Log) -> None:
     """Compile what is in C for any processor of this architecture, unless that was done in this environment."""
     wanted = [f"{name}=={locked(name)}" for name in COMPILED]
     placed = SHARE / "COMPILED"
-    if placed.exists() and placed.read_text().split() == wanted:
+
+    def state() -> str:
+        return "\n".join([*wanted, *(installed_files(VENV, name) for name in COMPILED)])
+
+    if placed.exists() and placed.read_text() == state():
         return
     options = ["--no-deps", "--no-build-isolation", "--no-cache-dir", "--force-reinstall"]
-    log.run([*PIP, "install", *options, *wanted], PYPCRE_DISABLE_NATIVE_FLAGS="1")
+    log.run([*PIP, "install", *options, *wanted])
     placed.parent.mkdir(parents=True, exist_ok=True)
-    placed.write_text("\n".join(wanted))
+    placed.write_text(state())
 
 
 def _build_llama_cpp(stages: Stages) -> Path | None:
@@ -150,31 +188,33 @@ def _build_llama_cpp(stages: Stages) -> Path | None:
 def _place_converter(llama: Path, share: Path, version: str) -> None:
     """Keep the converter to GGUF and the gguf library it needs, which come with this source only."""
     share.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix="llama.cpp.", dir=share.parent))
-    for name in ("convert_hf_to_gguf.py", "LICENSE"):
-        shutil.copyfile(llama / name, partial / name)
-    for name in ("conversion", "gguf-py"):
-        shutil.copytree(llama / name, partial / name)
-    (partial / "VERSION").write_text(version)
-    partial.chmod(0o755)
-    shutil.rmtree(share, ignore_errors=True)
-    partial.replace(share)
+    with tempfile.TemporaryDirectory(prefix="llama.cpp.", dir=share.parent) as scratch:
+        partial = Path(scratch) / "llama.cpp"
+        partial.mkdir()
+        for name in ("convert_hf_to_gguf.py", "LICENSE"):
+            shutil.copyfile(llama / name, partial / name)
+        for name in ("conversion", "gguf-py"):
+            shutil.copytree(llama / name, partial / name)
+        (partial / "VERSION").write_text(version)
+        shutil.rmtree(share, ignore_errors=True)
+        partial.replace(share)
 
 
 def _install_binding(stages: Stages, wheel: Path | None) -> None:
     """Install the wheel, if it is another than what is installed, and check that all packages fit together."""
     placed = SHARE / "llama.cpp" / "WHEEL"
     with stages.stage("all packages together") as log:
-        there = any(VENV.glob("lib/python*/site-packages/llama_cpp/lib/libllama.*"))
-        if wheel and not (there and placed.exists() and placed.read_text() == str(wheel)):
+        if wheel and not (placed.exists() and placed.read_text() == f"{wheel}\n{installed_files(VENV, BINDING)}"):
             log.run([*PIP, "install", "--no-deps", "--force-reinstall", wheel])
-            placed.write_text(str(wheel))
-        if wheel:
-            log.run([*PIP, "check"])
-        else:
-            # It complains of llama.cpp, whose absence was told; whatever else it says is in the log.
-            with contextlib.suppress(StageFailed):
-                log.run([*PIP, "check"])
+            placed.write_text(f"{wheel}\n{installed_files(VENV, BINDING)}")
+        said = subprocess.run([*PIP, "check"], capture_output=True, text=True).stdout
+        # Where llama.cpp is missing, that was told.
+        faults = [line for line in own_conflicts(said) if wheel or "llama" not in line]
+        if faults:
+            raise StageFailed("; ".join(faults))
+    for line in said.splitlines():
+        if "requirement" in line and line not in faults:
+            stages.say(f"not of the lock: {line}")
 
 
 def _prove(stages: Stages) -> None:

@@ -73,8 +73,13 @@ _OPTIONS = {
     # A wheel holds no symbolic links: each library has one name only.
     "CMAKE_PLATFORM_NO_VERSIONED_SONAME": "ON",
 }
-_SHAPING = re.compile(r"CMAKE_\w+|CC|CXX|(C|CXX|CPP|LD)FLAGS|GGML_\w+")
+_SHAPING = re.compile(
+    r"CMAKE_\w+|GGML_\w+|CC|CXX|(C|CXX|CPP|LD|CUDA|HIP)FLAGS|CUDA(ARCHS|CXX|HOSTCXX)|NVCC_\w+|HIPCXX"
+    r"|CPATH|C(PLUS)?_INCLUDE_PATH|(LIBRARY|COMPILER)_PATH"
+)
 """Environment variables that the compilers and CMake read."""
+_FOR_THIS_PROCESSOR = re.compile(r"-m(arch|cpu|tune)=native")
+_UNKNOWN_TO_COMPILER = re.compile(r"unrecognized|unknown argument|unsupported (argument|option)|no such instruction")
 _LIGHTER = "\ntarget_compile_options(llama PRIVATE -O2)\n"
 
 
@@ -141,15 +146,16 @@ class Builder:
     @property
     def key(self) -> str:
         """Digest of all that shapes the wheel; a wheel of another kind of processor, or compiler, is never taken."""
-        compiler = shlex.split(os.environ.get("CXX") or "c++")
-        told = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+        compilers = [shlex.split(os.environ.get(name) or usual) for name, usual in (("CXX", "c++"), ("CC", "cc"))]
+        told = [_said_by([*words, "--version"]) for words in compilers]
+        shaping = [name for name in os.environ if _SHAPING.fullmatch(name)]
         own = [path.read_bytes() for path in (*sorted(Path(__file__).parent.glob("*.py")), Path("infra/build.lock"))]
         content = {
             "version": self.version,
             "processor": [self.processor.architecture, *self._shaping_flags()],
             "system": [sys.platform, *platform.libc_ver()],
             "compiler": told,
-            "environment": {name: value for name, value in sorted(os.environ.items()) if _SHAPING.fullmatch(name)},
+            "environment": {name: os.environ[name] for name in sorted(shaping)},
             "set-up": [hashlib.sha256(each).hexdigest() for each in own],
         }
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
@@ -204,9 +210,10 @@ class Builder:
         except StageFailed:
             if len(names) < 3:
                 raise
-            # It may have been a passing fault: not kept as what fits this processor.
+            too_new = _UNKNOWN_TO_COMPILER.search(log.tail(200)) is not None
             self.compile(source, names[:2], log)
-            return self._pack(source, f"{self.key}-without-{names[2]}", log)
+            # Any other fault may pass: what was made without the best is not kept as what fits this processor.
+            return self._pack(source, self.key if too_new else f"{self.key}-without-{names[2]}", log)
         return self._pack(source, self.key, log)
 
     def compile(self, source: Path, names: Sequence[str], log: Log) -> None:
@@ -238,9 +245,10 @@ class Builder:
         build = Path(tempfile.mkdtemp(prefix="build-", dir=source.parent))
         words = [f"-D{name}={value}" for name, value in options.items()] + shlex.split(os.environ.get("CMAKE_ARGS", ""))
         tools = self._with_tools(source.parent)
-        log.run(["cmake", "-G", "Ninja", "-S", llama, "-B", build, *words], **tools)
+        cmake = source.parent / "tools" / "bin" / "cmake"
+        log.run([cmake, "-G", "Ninja", "-S", llama, "-B", build, *words], **tools)
         # Packages are unpacked meanwhile by one process, which takes as long alone: the compilers give way to it.
-        log.run(["nice", "-n", "19", "cmake", "--build", build, "--target", "llama"], **tools)
+        log.run(["nice", "-n", "19", cmake, "--build", build, "--target", "llama"], **tools)
         libraries = source / "llama_cpp" / "lib"
         shutil.rmtree(libraries, ignore_errors=True)
         libraries.mkdir()
@@ -266,6 +274,8 @@ class Builder:
         place = self.cache / key
         try:
             log.run(words, **self._with_tools(source.parent), **packer)
+            # Others may share this cache; a scratch directory is its maker's alone.
+            staging.chmod(0o755)
             shutil.rmtree(place, ignore_errors=True)
             staging.replace(place)
         except OSError:
@@ -280,4 +290,14 @@ class Builder:
     def _with_tools(scratch: Path) -> dict[str, str]:
         tools = scratch / "tools"
         path = os.pathsep.join([str(tools / "bin"), os.environ.get("PATH", "")])
-        return {"PYTHONPATH": str(tools), "PATH": path}
+        # What is for this processor alone would pass into the variants for others.
+        given = {name: os.environ[name] for name in ("CFLAGS", "CXXFLAGS", "CPPFLAGS") if name in os.environ}
+        portable = {name: _FOR_THIS_PROCESSOR.sub("", value) for name, value in given.items()}
+        return {"PYTHONPATH": str(tools), "PATH": path, **portable}
+
+
+def _said_by(command: Sequence[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout
+    except OSError:
+        return ""

@@ -1,5 +1,6 @@
 """Stages of set-up: a line each with the time it took; what the tools print goes to logs."""
 
+import io
 import os
 import signal
 import subprocess
@@ -24,6 +25,9 @@ class Stages:
 
     def __init__(self, logs: Path) -> None:
         logs.mkdir(parents=True, exist_ok=True)
+        # What a tool printed may hold what this terminal cannot show.
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")
         self._logs = logs
         self._running: dict[str, float] = {}
         self._lock = threading.Lock()
@@ -35,11 +39,10 @@ class Stages:
     @contextmanager
     def stage(self, name: str) -> Iterator["Log"]:
         """Time a stage; yields where its commands print."""
-        log = Log(self._logs / f"{name.replace(' ', '-')}.log", self.commands)
         began = self._running[name] = time.monotonic()
         try:
-            yield log
-        except (StageFailed, OSError) as error:
+            yield Log(self._logs / f"{name.replace(' ', '-')}.log", self.commands)
+        except (StageFailed, OSError, ValueError) as error:
             self.say(f"{name:<52} failed after {time.monotonic() - began:.0f} s")
             raise StageFailed(f"{name}: {error}") from None
         else:
@@ -93,16 +96,25 @@ class Running:
             self._processes.add(process)
         try:
             return process.wait()
+        except BaseException:
+            _end(process)
+            process.wait()
+            raise
         finally:
-            self._processes.discard(process)
+            with self._lock:
+                self._processes.discard(process)
 
     def stop(self) -> None:
         """End every command with its children, and let none begin."""
         with self._lock:
             self.stopped = True
             for process in self._processes:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGTERM)
+                _end(process)
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
 
 
 class Log:
@@ -129,8 +141,8 @@ class Log:
             name = Path(words[0]).name
             raise StageFailed(f"`{name} ...` ended with code {code}; the end of {self.path}:\n{self.tail()}")
 
-    def tail(self) -> str:
+    def tail(self, count: int = _TAIL) -> str:
         """Return the last lines, those of pip that only warn left out."""
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
         told = [line for line in lines if line.strip() and not line.startswith("WARNING: Location")]
-        return "\n".join(f"  {line}" for line in told[-_TAIL:])
+        return "\n".join(f"  {line}" for line in told[-count:])

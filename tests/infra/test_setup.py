@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from infra.setup import __main__ as set_up
 from infra.setup.llama_cpp import Builder, chosen_variants, keep_variants, listed_variants
+from infra.setup.packages import installed_files, locked, own_conflicts, write_lock
 from infra.setup.stages import StageFailed, Stages
 from steps.runtime.processor import Processor, this_processor
 from tests.flows.command import ROOT
@@ -111,7 +114,8 @@ def test_only_the_chosen_variants_stay_in_ggmls_list() -> None:
 def test_a_wheel_is_taken_only_where_all_that_shapes_it_is_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("CMAKE_ARGS", raising=False)
+    for name in ("CMAKE_ARGS", "CXX", "CC", "CFLAGS"):
+        monkeypatch.delenv(name, raising=False)
     ours = Builder(Path(sys.executable), "0.3.36", processor(V3), tmp_path)
     (tmp_path / ours.key).mkdir()
     wheel = tmp_path / ours.key / "llama_cpp_python.whl"
@@ -129,9 +133,12 @@ def test_a_wheel_is_taken_only_where_all_that_shapes_it_is_the_same(
     compiler = tmp_path / "other-compiler"
     compiler.write_text("#!/bin/sh\necho another compiler\n")
     compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    assert not ours.cached()
-    monkeypatch.delenv("CXX")
+    for name, value in {"CXX": str(compiler), "CC": str(compiler), "CPATH": "/x", "CUDAARCHS": "90"}.items():
+        monkeypatch.setenv(name, value)
+        assert not ours.cached()
+        monkeypatch.delenv(name)
+    compiler.write_text("#!/bin/sh\necho a newer one\n")
+    monkeypatch.setenv("PATH", "/nowhere", prepend=os.pathsep)
     assert ours.cached()
     wheel.write_bytes(wheel.read_bytes().replace(b"aaaa", b"aaab", 1))
     assert not ours.cached(), "a spoilt wheel"
@@ -169,8 +176,133 @@ def test_what_runs_beside_a_failed_stage_is_ended_with_its_children(tmp_path: Pa
         with pytest.raises(StageFailed, match="stopped"):
             log.run(["true"])
     assert time.monotonic() - began < 10
-    child = psutil.Process(int(marker.read_text())) if psutil.pid_exists(int(marker.read_text())) else None
-    assert child is None or child.status() == psutil.STATUS_ZOMBIE
+    assert is_gone(int(marker.read_text()))
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process ends within some seconds."""
+    for _ in range(100):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_who_ends_set_up_ends_what_it_runs(number: signal.Signals, tmp_path: Path) -> None:
+    """A command that runs in the main thread, as a repair does, and a child of its own."""
+    marker = tmp_path / "child"
+    program = f"""
+import sys
+from pathlib import Path
+import infra.setup.__main__ as set_up
+from infra.setup.stages import Stages
+set_up.VENV, set_up.ROOT = Path({str(tmp_path)!r}) / ".venv", Path({str(tmp_path)!r})
+def endless(stages):
+    with stages.stage("endless") as log:
+        log.run(["sh", "-c", "sleep 600 & echo $! > {marker}; sleep 600"])
+set_up._set_up = endless
+sys.exit(set_up.main())
+"""
+    running = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not marker.exists() or not marker.read_text().strip():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    running.send_signal(number)
+    _, err = running.communicate(timeout=30)
+    assert running.returncode == 130
+    assert err == "stopped; run the same command again to go on\n"
+    assert is_gone(int(marker.read_text()))
+    assert not (tmp_path / ".venv" / ".ready").exists()
+
+
+def test_two_set_ups_of_a_checkout_wait_for_each_other(tmp_path: Path) -> None:
+    program = f"""
+import sys, time
+from pathlib import Path
+import infra.setup.__main__ as set_up
+set_up.VENV, set_up.ROOT = Path({str(tmp_path)!r}) / ".venv", Path({str(tmp_path)!r})
+def slow(stages):
+    with (set_up.ROOT / "order").open("a") as order:
+        order.write("in "); order.flush(); time.sleep(1); order.write("out "); order.flush()
+set_up._set_up = slow
+sys.exit(set_up.main())
+"""
+    both = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [each.communicate(timeout=60)[0] for each in both]
+    assert [each.returncode for each in both] == [0, 0]
+    assert (tmp_path / "order").read_text() == "in out in out "
+    assert sum("another set-up of this checkout runs" in each for each in said) == 1
+    assert (tmp_path / ".venv" / ".ready").read_text() == f"{tmp_path}\n"
+
+
+@pytest.mark.parametrize("harm", ["no python", "half a pip", "a file"])
+def test_an_environment_that_was_left_half_made_is_made_anew(
+    harm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(set_up, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(set_up, "PYTHON", tmp_path / ".venv" / "bin" / "python")
+    monkeypatch.setattr(set_up, "ROOT", tmp_path)
+    monkeypatch.setattr(set_up, "_set_up", lambda _: None)
+    if harm == "a file":
+        (tmp_path / ".venv").write_text("")
+        assert set_up.main() == 1
+        assert capsys.readouterr().err.startswith("error: ")
+        return
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "left").touch()
+    if harm == "no python":
+        (tmp_path / ".venv" / "bin" / "python").symlink_to("/nowhere/python3.11")
+    else:
+        (tmp_path / ".venv" / "bin" / "python").write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / ".venv" / "bin" / "python").chmod(0o755)
+    assert set_up.main() == 0
+    assert not (tmp_path / ".venv" / "left").exists()
+    assert (tmp_path / ".venv" / ".ready").exists()
+
+
+def test_flags_for_this_processor_alone_do_not_reach_the_variants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CFLAGS", "-O3 -march=native -g")
+    monkeypatch.setenv("CXXFLAGS", "-mtune=native")
+    found = Builder._with_tools(Path("/scratch"))
+    assert found["CFLAGS"].split() == ["-O3", "-g"]
+    assert found["CXXFLAGS"] == ""
+    assert "CPPFLAGS" not in found
+
+
+def test_the_lock_names_what_was_installed_from_files_and_keeps_its_comments() -> None:
+    listed = "torch==2.13.0+cpu\nllama_cpp_python==0.3.36\npip==26\nposttrain==0.1\nabsl-py==2.5.1\n"
+    lines = write_lock(listed).splitlines()
+    assert lines[0].startswith("# Every package")
+    assert lines[1:] == ["absl-py==2.5.1", "llama_cpp_python==0.3.36", "torch==2.13.0"]
+
+
+def test_a_package_that_is_not_in_the_lock_is_named_in_a_sentence() -> None:
+    assert locked("LLAMA-cpp_python") == locked("llama_cpp_python")
+    with pytest.raises(StageFailed, match="has no line `nowhere==VERSION`"):
+        locked("nowhere")
+
+
+def test_only_conflicts_of_our_own_packages_stop_set_up() -> None:
+    said = (
+        "vllm 0.12.0 has requirement torch==2.9.0, but you have torch 2.13.0.\ntrl 1 requires peft, which is absent.\n"
+    )
+    assert own_conflicts(said) == ["trl 1 requires peft, which is absent."]
+    assert own_conflicts("No broken requirements found.\n") == []
+
+
+def test_what_pip_installed_is_known_by_its_record(tmp_path: Path) -> None:
+    record = tmp_path / "lib" / "python3.11" / "site-packages" / "py_pcre-1.0.dist-info" / "RECORD"
+    record.parent.mkdir(parents=True)
+    record.write_text("a.so,sha256=1,1\n")
+    first = installed_files(tmp_path, "Py.Pcre")
+    record.write_text("a.so,sha256=2,1\n")
+    assert first and installed_files(tmp_path, "Py.Pcre") not in ("", first)
+    record.unlink()
+    assert installed_files(tmp_path, "Py.Pcre") == ""
 
 
 def test_without_a_compiler_set_up_ends_in_a_sentence(tmp_path: Path) -> None:
@@ -226,14 +358,14 @@ def proven(folder: Path, *prefix: str) -> tuple[int, str]:
 @pytest.mark.recipes
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(this_processor().architecture != "x86_64", reason="imitates x86 processors")
+@pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="needs qemu-user, which imitates other processors")
 def test_what_is_built_for_other_processors_runs_on_them(source: Path) -> None:
     """Without AVX512, with AVX2 only, and generic, each proven on this processor and on an imitated one."""
-    qemu = shutil.which("qemu-x86_64")
+    qemu = str(shutil.which("qemu-x86_64"))
     for flags, model, variant in ((V3, "Haswell", "haswell"), (V2, "Nehalem", "sse42"), ("", "qemu64", "x64")):
         folder = built(source, None, flags)
         assert proven(folder)[0] == 0
-        if qemu:
-            assert proven(folder, qemu, "-cpu", model) == (0, f'{{"variant": "{variant}"}}')
+        assert proven(folder, qemu, "-cpu", model) == (0, f'{{"variant": "{variant}"}}')
 
 
 @pytest.mark.recipes
