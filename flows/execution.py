@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flows.plan import Plan, PlannedStep, environment_python
 from registry.errors import RegistryError
-from registry.family import resolve
+from registry.family import member_at
 from registry.home import Home
 from registry.index import Entry
 from registry.record import Recorder, StepRecord
@@ -212,8 +212,7 @@ class Execution:
             if producer is not None:
                 entry = self.states[producer].entry
             else:
-                family, _, alias = uri.removeprefix("registry://").partition("@")
-                entry = self.recorder.find(resolve(self.home, family, alias or "champion", "hf").key)
+                entry = self.recorder.find(member_at(self.home, uri).key)
             assert entry is not None
             self.recorder.fetch(digest, entry)
         return InputSpec(path=store.path(digest), digest=digest)

@@ -7,12 +7,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from flows.publish_check import check_publish
 from flows.recipe import LoadedRecipe, Rounds, StepEntry, validation_error
 from flows.rounds import Occurrence, called, check_carried, check_names, latest, meant, occurrences, picked, titled
-from steps.artifacts import Artifact, Quantized, Report
+from steps.artifacts import Artifact
 from steps.frame import Follow, Like, Ref, Resources, StepConfig, StepKind, UserError, load_kind
 from steps.frame.config import EdgeSpec, name_fields_of
-from steps.frame.errors import did_you_mean
 
 BASE = "base"
 
@@ -53,11 +53,23 @@ class Node:
 
 
 @dataclass(frozen=True)
+class Opponent:
+    """The champion that the published members are judged against."""
+
+    version: int
+    """Of its release in the family."""
+    names: Mapping[str, str]
+    """For each published member that a gate judges, the node of the champion's member that it meets."""
+
+
+@dataclass(frozen=True)
 class Graph:
     """All nodes of a recipe in an order in which they can run."""
 
     loaded: LoadedRecipe
     nodes: Mapping[str, Node]
+    opponent: Opponent | None = None
+    """The champion that gates compare with, once it is known."""
 
     def members(self, name: str) -> list[Node]:
         """Return the node of that name, or all of a matrix step's members; of a group's step, the last round's."""
@@ -85,7 +97,7 @@ def build_graph(loaded: LoadedRecipe) -> Graph:
     for node in ordered.values():
         _check_kinds(loaded, node, ordered)
     graph = Graph(loaded, ordered)
-    _check_publish(graph)
+    check_publish(graph)
     return graph
 
 
@@ -306,48 +318,3 @@ def _fitting(node: Node, wanted: tuple[type[Artifact[Any]], ...], nodes: Mapping
         if issubclass(kind, wanted)
     ]
     return f"; `{fits[-1]}` would fit" if fits else ""
-
-
-def _check_publish(graph: Graph) -> None:
-    publish = graph.loaded.recipe.publish
-    if publish is None:
-        return
-    names = {name for node in graph.nodes.values() for name in (node.name, node.family)}
-    for index, member in enumerate(publish.members):
-        if not graph.members(member):
-            raise graph.loaded.error(("publish", "members", index), f"no step `{member}`{did_you_mean(member, names)}")
-        for node in graph.members(member):
-            given = node.outputs.get("")
-            if given is None or given.kind not in ("Model", "Adapter", "Quantized", "Package", "RewardModel"):
-                raise graph.loaded.error(
-                    ("publish", "members", index), f"`{member}` ({node.kind.name}) does not give a model to publish"
-                )
-    published = [node for member in publish.members for node in graph.members(member)]
-    _check_distinct(graph, published)
-    for index, gate in enumerate(publish.gates):
-        place = ("publish", "gates", index)
-        metric = gate.metric.partition(".")[2]
-        reports = [node.name for node in graph.members(gate.step) if node.outputs.get("") is Report]
-        if len(reports) > 1:
-            choice = " or ".join(f"`{name}.{metric}`" for name in reports)
-            raise graph.loaded.error((*place, "metric"), f"`{gate.step}` is several reports; name one: {choice}")
-        if not reports:
-            known = [each.name for each in graph.nodes.values() if each.outputs.get("") is Report]
-            raise graph.loaded.error(
-                (*place, "metric"), f"no report step `{gate.step}`{did_you_mean(gate.step, known)}"
-            )
-        if gate.member is not None and not any(gate.member in (node.name, node.family) for node in published):
-            near = did_you_mean(gate.member, {name for node in published for name in (node.name, node.family)})
-            raise graph.loaded.error((*place, "member"), f"`{gate.member}` is not among the published members{near}")
-
-
-def _check_distinct(graph: Graph, published: list[Node]) -> None:
-    """Refuse members that the registry could not tell apart; it tells quantized ones by the scheme they end up with."""
-    first: dict[type[Artifact[Any]], Node] = {}
-    for node in published:
-        kind = node.outputs[""]
-        if kind is not Quantized and first.setdefault(kind, node) is not node:
-            raise graph.loaded.error(
-                ("publish", "members"),
-                f"`{first[kind].name}` and `{node.name}` are each {kind.named()}, and a family has one; name one",
-            )

@@ -1,45 +1,62 @@
 """The champion in the comparison: a gate `against: champion` needs it measured on tonight's rows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from flows.graph import Graph, Node
-from flows.plan import graph_keys
-from registry.family import load
+from flows.graph import Graph, Node, Opponent
+from flows.plan import REGISTRY, graph_keys
+from registry.family import find
+from registry.gates import judged_members
 from registry.home import Home
-from registry.index import Index
-from registry.members import Family, Release
+from registry.members import Family, Member, Release
+from steps.artifacts import kind_named
 from steps.frame import Ref, load_kind
 
 CHAMPION = "champion"
 
 
 def with_opponent(graph: Graph, home: Home, root: Path) -> Graph:
-    """Add the champion as a candidate to the comparisons that a gate against it looks at.
+    """Add the champion's members as candidates to the comparisons that gates against it look at.
 
-    A model is compared with the champion that it meets or met, not with itself: once it has been promoted, a second
-    run still compares it with the champion before it, so that its steps stay cached.
+    Each published member that is judged meets the champion's of the same name; the principal one, and one that the
+    champion has not, its principal. A model is compared with the champion that it meets or met, not with itself: once
+    it has been promoted, a second run still compares it with the champion before it, so that its steps stay cached.
+
+    Raises:
+        UserError: a gate's report cannot measure the champion.
+        RegistryError: the tracking server does not answer.
     """
     publish = graph.loaded.recipe.publish
-    steps = {gate.step for gate in publish.gates if gate.against} if publish else set()
-    if publish is None or not steps or not Index(home.index).families():
+    if publish is None or not any(gate.against for gate in publish.gates):
         return graph
-    if publish.family not in Index(home.index).families():
+    family = find(home, publish.family)
+    if family is None:
         return graph
-    lead = graph.members(publish.members[0])[0]
-    release = opponent_of(load(home, publish.family), graph_keys(graph, home, root)[0][lead.name])
-    if release is None:
-        return graph
-    uri = f"registry://{publish.family}@{release.version}"
-    kind = load_kind("model.source")
-    champion = Node(CHAMPION, CHAMPION, kind, kind.config.model_validate({"uri": uri}), resources=kind.resources)
-    judged = {node.name for step in steps for node in graph.members(step)}
-    nodes: dict[str, Node] = {CHAMPION: champion}
+    published = [node.name for member in publish.members for node in graph.members(member)]
+    release = opponent_of(family, graph_keys(graph, home, root)[0][published[0]])
+    return graph if release is None else _with_release(graph, published, release)
+
+
+def _with_release(graph: Graph, published: Sequence[str], release: Release) -> Graph:
+    publish = graph.loaded.recipe.publish
+    assert publish is not None
+    names: dict[str, str] = {}
+    champions: dict[str, Node] = {}
+    compared: dict[str, list[str]] = {}
+    for index, gate in enumerate(publish.gates):
+        for judged in judged_members(gate, published) if gate.against else ():
+            member = counterpart(release, judged, is_principal=judged == published[0])
+            name = CHAMPION if member is release.members[0] else f"{CHAMPION}[{member.role}]"
+            names[judged] = name
+            champions.setdefault(name, _node(name, release, member))
+            for report in graph.members(gate.step):
+                _check_fits(graph, index, report, member)
+                compared.setdefault(report.name, []).append(name)
+    nodes = {**champions}
     for node in graph.nodes.values():
-        compared = node.name in judged and "candidates" in node.edges
-        nodes[node.name] = _with_candidate(node) if compared else node
-    return replace(graph, nodes=nodes)
+        nodes[node.name] = _with_candidates(node, compared.get(node.name, ()))
+    return replace(graph, nodes=nodes, opponent=Opponent(release.version, names))
 
 
 def opponent_of(family: Family, key: str) -> Release | None:
@@ -56,10 +73,45 @@ def opponent_of(family: Family, key: str) -> Release | None:
     return None
 
 
-def _with_candidate(node: Node) -> Node:
+def counterpart(release: Release, name: str, *, is_principal: bool) -> Member:
+    """Return the champion's member that a candidate's meets.
+
+    Args:
+        release: the champion.
+        name: the candidate's member, as the recipe calls it.
+        is_principal: whether it is the candidate's principal member.
+    """
+    alike = [member for member in release.members if member.role == name]
+    return release.members[0] if is_principal or not alike else alike[0]
+
+
+def _node(name: str, release: Release, member: Member) -> Node:
+    kind = load_kind("model.member")
+    given = {"uri": f"{REGISTRY}{release.family}@{release.version}/{member.selector}", "kind": member.kind}
+    # Of a kind that no report measures: `_check_fits` says so.
+    config = kind.config.model_validate(given if member.kind in ("Model", "Quantized") else {"uri": given["uri"]})
+    return Node(name, CHAMPION, kind, config, resources=kind.resources)
+
+
+def _check_fits(graph: Graph, index: int, report: Node, member: Member) -> None:
+    edge = report.kind.edges.get("candidates")
+    taken = edge.kinds if edge else ()
+    if not any(issubclass(kind_named(member.kind), kind) for kind in taken) or member.kind == "Adapter":
+        raise graph.loaded.error(
+            ("publish", "gates", index, "against"),
+            f"the champion's `{member.role}` is {kind_named(member.kind).named()}, which `{report.name}` "
+            f"({report.kind.name}) cannot measure; publish a merged model first in `members`, or leave `against` out",
+        )
+
+
+def _with_candidates(node: Node, names: Sequence[str]) -> Node:
+    """Add steps to a report's candidates, each once."""
+    added = tuple(dict.fromkeys(names))
+    if not added:
+        return node
     edges: Mapping[str, tuple[Ref, ...]] = {
         **node.edges,
-        "candidates": (*node.edges["candidates"], Ref(CHAMPION)),
+        "candidates": (*node.edges["candidates"], *map(Ref, added)),
     }
-    names = (*getattr(node.config, "names", ()), CHAMPION)
+    names = (*getattr(node.config, "names", ()), *added)
     return replace(node, edges=edges, config=node.config.model_copy(update={"names": names}))

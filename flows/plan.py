@@ -8,7 +8,7 @@ from typing import Any, Literal
 from flows.graph import Graph, Node
 from flows.runtimes import Say, fault, gpu_fault, imported, needed, prove_unproven, unproven
 from registry.errors import RegistryError
-from registry.family import resolve
+from registry.family import member_at
 from registry.home import Home
 from registry.index import Entry, Index
 from registry.record import Recorder
@@ -187,8 +187,7 @@ def _fingerprint(
         if not uri.startswith(REGISTRY):
             return fingerprint(uri, root)
         if uri not in registry:
-            family, _, alias = uri.removeprefix(REGISTRY).partition("@")
-            registry[uri] = resolve(home, family, alias or "champion", "hf").digest
+            registry[uri] = member_at(home, uri).digest
         return registry[uri]
     except (UserError, RegistryError) as error:
         raise graph.loaded.error((*node.place, name) if node.name != "base" else ("base",), str(error)) from None

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from flows.execution import Execution
-from flows.opponent import CHAMPION
 from registry.family import load, publish, release_id
 from registry.gates import Evidence, GateDecision, decide
 from registry.home import Home
@@ -34,8 +33,16 @@ def is_current(execution: Execution) -> Publication:
         return Publication("")
     release = release_id([digest for _, digest, _ in _members(execution, {e.step: e for e in members})])
     family = load(execution.home, wanted.family)
-    found = next((each for each in family.releases if each.id == release and each.decision), None)
-    return Publication(_sentence(found), found) if found else Publication("")
+    found = next((each for each in family.releases if each.id == release), None)
+    return Publication(_sentence(found), found) if found and _still_holds(execution, found) else Publication("")
+
+
+def _still_holds(execution: Execution, release: Release) -> bool:
+    """Whether a release was judged, against the champion that it meets today where its gates speak of one."""
+    opponent = execution.plan.graph.opponent
+    met = opponent.version if opponent else None
+    decision = release.decision
+    return decision is not None and (not decision.needs_champion or decision.against == met)
 
 
 def publish_release(execution: Execution) -> Publication:
@@ -62,9 +69,11 @@ def judge(
     reports = {step: (entry.outputs[""], entry) for step, entry in found.items()}
     evidence = {step: Evidence.of(Report.of(store.open(digest))) for step, (digest, _) in reports.items()}
     names = [node.name for member in wanted.members for node in graph.members(member)]
-    has_opponent = CHAMPION in graph.nodes
-    champion = evidence if has_opponent else None
-    return decide(wanted.gates, names, evidence, champion, {names[0]: CHAMPION}), reports
+    opponent = graph.opponent
+    if opponent is None:
+        return decide(wanted.gates, names, evidence), reports
+    decision = decide(wanted.gates, names, evidence, evidence, opponent.names)
+    return decision.model_copy(update={"against": opponent.version}), reports
 
 
 def _members(execution: Execution, entries: dict[str, Entry]) -> list[tuple[str, str, Entry]]:

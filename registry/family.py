@@ -47,16 +47,35 @@ def load(home: Home, family: str) -> Family:
     Raises:
         RegistryError: there is no such family, or the tracking server does not answer.
     """
-    if not _NAME.fullmatch(family):
-        raise RegistryError(f"`{family}` is no name of a family: letters, digits and `._-`")
-    if home.embedded:
-        content = _index(home).family(family)
-        found = Family.model_validate_json(content) if content else None
-    else:
-        found = read_family(Tracking(home), family)
+    found = find(home, family)
     if found is None:
         raise RegistryError(f"no family `{family}`{nearest(family, family_names(home))}")
     return found
+
+
+def find(home: Home, family: str) -> Family | None:
+    """Return all that is known of a family, None where there is none: by the server, or by the index of what is local.
+
+    Raises:
+        RegistryError: the name cannot be one, or the tracking server does not answer.
+    """
+    if not _NAME.fullmatch(family):
+        raise RegistryError(f"`{family}` is no name of a family: letters, digits and `._-`")
+    if not home.embedded:
+        return read_family(Tracking(home), family)
+    content = _index(home).family(family)
+    return Family.model_validate_json(content) if content else None
+
+
+def member_at(home: Home, uri: str) -> Member:
+    """Return the member that `registry://FAMILY@REFERENCE/FORMAT` names; by default the champion's checkpoint, `hf`.
+
+    Raises:
+        RegistryError: there is none.
+    """
+    place, _, form = uri.removeprefix("registry://").partition("/")
+    family, _, reference = place.partition("@")
+    return resolve(home, family, reference or "champion", form or "hf")
 
 
 def family_names(home: Home) -> list[str]:

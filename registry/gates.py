@@ -135,8 +135,8 @@ class _Statistic(NamedTuple):
 _STATISTICS = {
     "accuracy": _Statistic("score", higher_is_better=True),
     "answer_score": _Statistic("score", higher_is_better=True),
-    "top1_agreement": _Statistic("top1", higher_is_better=True),
-    "kl": _Statistic("kl", higher_is_better=False),
+    "top1_agreement": _Statistic("top1", higher_is_better=True, weight="tokens"),
+    "kl": _Statistic("kl", higher_is_better=False, weight="tokens"),
     "nll": _Statistic("nll", higher_is_better=False, weight="tokens"),
     "perplexity": _Statistic("nll", higher_is_better=False, weight="tokens", exponential=True),
 }
@@ -165,10 +165,12 @@ def decide(
     for gate in gates:
         if gate.step not in evidence:
             raise RegistryError(f"gate `{gate.metric}`: no report step `{gate.step}`{nearest(gate.step, evidence)}")
-        for member in _judged(gate, members):
-            names = champion_members or {}
+        for member in judged_members(gate, members):
             theirs = None if champion is None else champion.get(gate.step, Evidence(metrics={}))
-            outcomes.append(judge(gate, member, evidence[gate.step], theirs, names.get(member, member)))
+            meets = (champion_members or {}).get(member, member)
+            if theirs is evidence[gate.step] and meets == member and gate.against:
+                raise RegistryError(f"gate `{gate.metric}`: `{member}` meets no member of the champion, only itself")
+            outcomes.append(judge(gate, member, evidence[gate.step], theirs, meets))
     failed = [outcome for outcome in outcomes if not outcome.passed]
     if failed:
         sentence = f"Not promoted: {failed[0].sentence}" + (f" ({len(failed)} gates fail)" if len(failed) > 1 else "")
@@ -209,8 +211,12 @@ def judge(
     return _compare(gate, member, evidence, champion, champion_name or member)
 
 
-def _judged(gate: Gate, members: Sequence[str]) -> list[str]:
-    """Return the members that a gate is about."""
+def judged_members(gate: Gate, members: Sequence[str]) -> list[str]:
+    """Return those of the published members, the principal one first, that a gate is about.
+
+    Raises:
+        RegistryError: it names none of them.
+    """
     if gate.member is None:
         return list(members[:1])
     found = [member for member in members if gate.member in (member, member.partition("[")[0])]

@@ -174,7 +174,8 @@ def _build_llama_cpp(stages: Stages) -> Path | None:
     if wheel and is_placed:
         return wheel
     try:
-        with stages.stage("llama.cpp, compiled for any processor") as log, _scratch() as scratch:
+        name = "llama.cpp's converter" if wheel else "llama.cpp, compiled for any processor"
+        with stages.stage(name) as log, _scratch() as scratch:
             source = builder.fetch(scratch, log)
             _place_converter(source / "vendor" / "llama.cpp", share, builder.version)
             return wheel or builder.build(source, log)

@@ -149,7 +149,8 @@ class Builder:
         compilers = [shlex.split(os.environ.get(name) or usual) for name, usual in (("CXX", "c++"), ("CC", "cc"))]
         told = [_said_by([*words, "--version"]) for words in compilers]
         shaping = [name for name in os.environ if _SHAPING.fullmatch(name)]
-        own = [path.read_bytes() for path in (*sorted(Path(__file__).parent.glob("*.py")), Path("infra/build.lock"))]
+        here = Path(__file__)
+        own = [path.read_bytes() for path in (here, here.with_name("backends.py"), Path("infra/build.lock"))]
         content = {
             "version": self.version,
             "processor": [self.processor.architecture, *self._shaping_flags()],

@@ -8,13 +8,13 @@ import pytest
 
 from registry.errors import RegistryError
 from registry.family import family_names, list_families, load, promote, publish, resolve, rollback, show
-from registry.gates import Gate, GateDecision, GateOutcome
+from registry.gates import GateDecision
 from registry.index import Entry
 from registry.members import Release
 from registry.record import Execution
 from registry.registrar import Registrar
 from steps.artifacts import Artifact
-from tests.registry.workshop import Workshop
+from tests.registry.workshop import Workshop, judged
 
 YES = GateDecision(promote=True, sentence="Promoted: it is better.")
 NO = GateDecision(promote=False, sentence="Not promoted: it is worse.")
@@ -169,13 +169,6 @@ def test_a_family_that_was_deleted_begins_anew(workshop: Workshop) -> None:
     assert aliases(workshop) == {"candidate": one.version}
     two = released(workshop, b"four")
     assert aliases(workshop) == {"candidate": two.version, "champion": two.version}
-
-
-def judged(against: int | None) -> GateDecision:
-    """A decision that rests on a comparison with the champion."""
-    gate = Gate(metric="quality.kl", against="champion")
-    outcome = GateOutcome(gate=gate, member="merged", passed=True, value=0.1, sentence="It is as good.")
-    return GateDecision(promote=True, outcomes=(outcome,), sentence="Promoted: it is as good.", against=against)
 
 
 def test_who_was_judged_against_another_champion_than_there_is_waits(workshop: Workshop) -> None:

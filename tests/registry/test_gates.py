@@ -162,7 +162,9 @@ def test_wrong_names_are_one_sentence_with_the_nearest() -> None:
     with pytest.raises(RegistryError, match="no `merged/kll`; did you mean `merged/kl`"):
         decide([Gate(metric="quality.kll", at_most=1)], ["merged"], evidence)
     with pytest.raises(RegistryError, match="no sample-by-sample test of `answer_scor`; did you mean `answer_score`"):
-        decide([Gate(metric="quality.answer_scor", against="champion")], ["merged"], evidence, evidence)
+        decide(
+            [Gate(metric="quality.answer_scor", against="champion")], ["merged"], evidence, evidence, {"merged": "old"}
+        )
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import requests
 
+from registry.champions import replay
 from registry.errors import RegistryError
 from registry.family import family_names, load, publish, resolve, rollback
 from registry.gates import GateDecision
@@ -20,6 +21,7 @@ from registry.home import Home
 from registry.members import Release
 from registry.pull import pull
 from registry.record import Recorder
+from registry.versions import read_family, versions_of
 from tests.registry.workshop import Workshop
 
 YES = GateDecision(promote=True, sentence="Promoted.")
@@ -135,6 +137,51 @@ def test_recording_again_uploads_nothing_and_rollback_works(server: str, tmp_pat
     }
     assert rollback(here.recorder, "back").id == one.id
     assert load(here.home, "back").aliases == {"candidate": two.version, "champion": one.version}
+
+
+@pytest.mark.parametrize("rounds", [5, pytest.param(100, marks=pytest.mark.recipes)])
+def test_of_two_machines_that_publish_at_once_none_promotes_what_did_not_meet_the_champion(
+    rounds: int, server: str, tmp_path: Path
+) -> None:
+    """Two processes with homes of their own; a third asks all the while who is champion."""
+    family = "race"
+    command = [sys.executable, "-m", "tests.registry.publishing_process", server]
+    lines = [[*command, str(tmp_path / name), str(rounds)] for name in ("one", "two")]
+    machines = [subprocess.Popen(each, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for each in lines]
+    watcher = Recorder(Home.at(tmp_path / "three", server))
+    if read_family(watcher.tracking, family):
+        watcher.tracking.client.delete_registered_model(family)
+    for machine in machines:
+        assert machine.stdout and machine.stdin and machine.stdout.readline() == "ready\n"
+    for machine in machines:
+        assert machine.stdin
+        machine.stdin.write("go\n")
+        machine.stdin.close()
+    seen: list[int] = []
+    while any(machine.poll() is None for machine in machines):
+        found = read_family(watcher.tracking, family)
+        if found and "champion" in found.aliases:
+            seen.append(found.release("champion").version)
+    assert [machine.returncode for machine in machines] == [0, 0]
+
+    found = read_family(watcher.tracking, family)
+    assert found
+    registered = watcher.tracking.client.get_registered_model(family)
+    standings = replay(registered, versions_of(watcher.tracking, f"{family}.champions"))
+    champions = [standing.champion for standing in standings[1:]]
+    assert found.aliases["champion"] == champions[-1] == int(registered.aliases["champion"])
+    releases = {release.version: release for release in found.releases}
+    assert len(releases) == 2 * rounds
+    before: list[int | None] = [None, *champions[:-1]]
+    for version, met in zip(champions, before, strict=True):
+        decision = releases[version].decision if version else None
+        assert decision and decision.promote
+        assert decision.against == met, "it met another than the one that it follows"
+    promoted = {version for version, release in releases.items() if release.decision and release.decision.promote}
+    assert promoted == set(champions)
+    assert [version for index, version in enumerate(seen) if index == 0 or seen[index - 1] != version] == [
+        version for version in champions if version in seen
+    ], "each was champion once, in the order of the log"
 
 
 def test_a_record_that_failed_is_made_whole(server: str, tmp_path: Path) -> None:

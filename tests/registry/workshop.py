@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from registry.gates import Gate, GateDecision, GateOutcome
 from registry.home import Home
 from registry.record import Execution, Recorder, StepRecord
 from steps.artifacts import Artifact, Dataset, Manifest, Parent, Quantized, Report, ReportFacts, digest_tree
@@ -36,6 +37,13 @@ def quantized_facts(form: str, scheme: str) -> dict[str, Any]:
         "architecture": "LlamaForCausalLM",
         "parameters": 1000,
     }
+
+
+def judged(against: int | None) -> GateDecision:
+    """A decision that rests on a comparison with the champion."""
+    gate = Gate(metric="quality.kl", against="champion")
+    outcome = GateOutcome(gate=gate, member="merged", passed=True, value=0.1, sentence="It is as good.")
+    return GateDecision(promote=True, outcomes=(outcome,), sentence="Promoted: it is as good.", against=against)
 
 
 class Workshop:
