@@ -1,14 +1,14 @@
 """The local index: finished steps by key and families by name, in small files that can be rebuilt from MLflow."""
 
 import fcntl
-import os
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from steps.artifacts import write_atomic
 
 
 class Entry(BaseModel):
@@ -37,20 +37,6 @@ class Entry(BaseModel):
     size: int
     """Bytes of all outputs."""
     finished_at: datetime
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 class Index:

@@ -6,7 +6,7 @@ import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from registry.home import Home
-from registry.index import write_atomic
+from steps.artifacts import write_atomic
 
 PREFECT = "prefect"
 MLFLOW = "mlflow"

@@ -3,6 +3,7 @@
 `store` how it is published and found again. Nothing here knows a training library, Prefect or MLflow.
 """
 
+from steps.artifacts.atomic import cut_half_line, read_lines, write_atomic
 from steps.artifacts.kinds import (
     KINDS,
     Adapter,
@@ -62,8 +63,11 @@ __all__ = [
     "SamplesFacts",
     "Store",
     "Tree",
+    "cut_half_line",
     "digest_file",
     "digest_tree",
     "kind_named",
     "link_or_copy",
+    "read_lines",
+    "write_atomic",
 ]

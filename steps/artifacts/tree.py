@@ -88,9 +88,13 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def _files(root: Path) -> Iterator[str]:
-    for folder, _, names in os.walk(root):
-        for name in names:
+    for folder, folders, names in os.walk(root):
+        for name in (*folders, *names):
             path = Path(folder, name)
             if path.is_symlink():
                 raise ValueError(f"{path} is a symbolic link; an artifact holds its own bytes")
+        for name in names:
+            path = Path(folder, name)
+            if not path.is_file():
+                raise ValueError(f"{path} is neither a file nor a directory; an artifact holds nothing else")
             yield path.relative_to(root).as_posix()

@@ -63,7 +63,7 @@ def choose_samples(
     for row in candidates:
         if len(samples) == rows:
             break
-        talk = conversation(tokenizer, row["messages"], stop_token_ids)
+        talk = conversation(tokenizer, row["messages"], stop_token_ids, only_last=True)
         start = talk.prompt_length
         end = max((index + 1 for index, own in enumerate(talk.assistant) if own), default=0)
         if start < min(end, max_tokens):

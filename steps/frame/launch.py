@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from steps.artifacts import write_atomic
 from steps.frame.scale import environment, launch_command, open_to_nodes
 from steps.frame.spec import LOG_NAME, PROGRESS_NAME, RESULT_NAME, SPEC_NAME, StepResult, StepSpec
 from steps.runtime.death import fatal_error, fatal_library, how_it_ended, is_native_death, last_words
@@ -81,7 +82,7 @@ class Launcher:
             (spec.work / name).unlink(missing_ok=True)
         log_began = _size(spec.work / LOG_NAME)
         path = spec.work / SPEC_NAME
-        path.write_text(spec.model_dump_json())
+        write_atomic(path, spec.model_dump_json().encode())
         self.warm_up()
         job = next(self._ids)
         fresh = bool(python) or spec.resources.world > 1

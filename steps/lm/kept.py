@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from steps.artifacts import cut_half_line
 from steps.lm.tasks import Rollout
 
 Written = tuple[str, int, bool]
@@ -42,7 +43,7 @@ class Kept:
             folder.mkdir(exist_ok=True)
             if part is not None:
                 self._own = folder / f"{part}.jsonl"
-                _cut_half_line(self._own)
+                cut_half_line(self._own)
             self._look()
 
     def own(self, batches: int) -> Iterator[int]:
@@ -93,11 +94,9 @@ class Kept:
             whole = text[: text.rfind(b"\n") + 1]
             self._read[file] = self._read.get(file, 0) + len(whole)
             for line in whole.splitlines():
-                index, written = json.loads(line)
+                try:
+                    index, written = json.loads(line)
+                except ValueError:
+                    # Spoilt, as by a power cut: it is answered again.
+                    continue
                 self.done[index] = [tuple(each) for each in written]
-
-
-def _cut_half_line(file: Path) -> None:
-    """Cut off what a kill left half written."""
-    if file.exists() and not (text := file.read_bytes()).endswith(b"\n"):
-        file.write_bytes(text[: text.rfind(b"\n") + 1])

@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -74,6 +74,8 @@ class Parity(BaseModel):
 )
 def merge_adapter(config: MergeAdapter, job: Job) -> Draft:
     """Merge in float32, store in `dtype`, reload what was stored and compare it with base + adapter."""
+    from steps.lm.device import granted_device
+
     if config.adapter.facts.base != config.base.digest:
         raise UserError(
             f"step `{job.name}`: the adapter was trained on {config.adapter.facts.base[:12]}, not on "
@@ -82,14 +84,15 @@ def merge_adapter(config: MergeAdapter, job: Job) -> Draft:
     tokenizer = load_tokenizer(config.base.path)
     rows = _token_rows(config, tokenizer)
     ways: tuple[Onto, ...] = ("original", "dequantised") if config.adapter.facts.four_bit else ("original",)
-    tuned = _tuned(config, "trained")
+    device = granted_device(job.resources)
+    tuned = _tuned(config, "trained", device)
     expected = [logits(tuned, row) for row in rows]
     del tuned
     job.progress(1, 1 + len(ways), "base + adapter measured")
     outs = {onto: job.output(onto) for onto in ways}
     proofs: dict[Onto, Parity] = {}
     for done, onto in enumerate(ways, start=2):
-        proofs[onto] = _merged(config, onto, tokenizer, outs[onto], rows, expected)
+        proofs[onto] = _merged(config, onto, tokenizer, outs[onto], rows, expected, device)
         job.log.info("merged onto the %s base: %s", onto, proofs[onto])
         job.progress(done, 1 + len(ways), f"merged onto the {onto} base")
     best = min(proofs, key=lambda onto: (math.isnan(proofs[onto].mean_kl), proofs[onto].mean_kl))
@@ -103,7 +106,7 @@ def merge_adapter(config: MergeAdapter, job: Job) -> Draft:
     return Model.draft(out, model_facts(out, origin=facts.origin, licence=facts.licence))
 
 
-def _tuned(config: MergeAdapter, onto: Onto | Literal["trained"]) -> "PreTrainedModel":
+def _tuned(config: MergeAdapter, onto: Onto | Literal["trained"], device: str) -> "PreTrainedModel":
     """Load the base with its adapter in float32: as it was trained on, or in a form that can be merged."""
     from peft import PeftModel
 
@@ -113,7 +116,7 @@ def _tuned(config: MergeAdapter, onto: Onto | Literal["trained"]) -> "PreTrained
         if onto == "dequantised":
             base = base.dequantize()
     else:
-        base = load_model(config.base.path, "float32")
+        base = load_model(config.base.path, "float32").to(device)  # pyright: ignore[reportArgumentType]
     return PeftModel.from_pretrained(base, str(config.adapter.path))  # pyright: ignore[reportReturnType]
 
 
@@ -124,12 +127,14 @@ def _merged(
     out: Path,
     rows: list[list[int]],
     expected: list["torch.Tensor"],
+    device: str,
 ) -> Parity:
     """Merge, store in `out`, and measure what was stored."""
-    merged = _tuned(config, onto).merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]
+    merged = _tuned(config, onto, device).merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]
     save_model(merged.to(getattr(_torch(), config.dtype)), tokenizer, out)
     del merged
-    stored = load_model(out, "float32")
+    stored: Any = load_model(out, "float32")
+    stored.to(device)
     return compare(expected, [logits(stored, row) for row in rows])
 
 
@@ -174,7 +179,7 @@ def _token_rows(config: MergeAdapter, tokenizer: "PreTrainedTokenizerFast") -> l
         return [tokenizer(text)["input_ids"][: config.prompt_tokens] for text in _PROBES]  # pyright: ignore[reportReturnType]
     rows = []
     for row in read_jsonl(Path(config.data.rows_file)):
-        rows.append(conversation(tokenizer, row["messages"]).ids[: config.prompt_tokens])
+        rows.append(conversation(tokenizer, row["messages"], only_last=True).ids[: config.prompt_tokens])
         if len(rows) == config.prompts:
             break
     return rows

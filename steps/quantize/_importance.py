@@ -50,10 +50,10 @@ def importance_matrix(
     try:
         with torch.inference_mode():
             for index, ids in enumerate(rows):
-                model.base_model(input_ids=torch.tensor([list(ids)]), use_cache=False)
+                model.base_model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
                 tokens += len(ids)
                 progress(index + 1, len(rows))
     finally:
         for handle in handles:
             handle.remove()
-    return {tensors[f"{name}.weight"]: (total / tokens).numpy() for name, total in sums.items()}
+    return {tensors[f"{name}.weight"]: (total / tokens).cpu().numpy() for name, total in sums.items()}

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -72,6 +72,7 @@ class QuantizeGguf(StepConfig):
 )
 def quantize_gguf(config: QuantizeGguf, job: Job) -> Draft:
     """Convert, measure importance, quantize, then open the written file and prove that it is the same model."""
+    from steps.lm.device import granted_device
     from steps.lm.llama_cpp import GgufModel
     from steps.quantize._gguf_file import quantize_file
     from steps.quantize._importance import importance_matrix
@@ -90,7 +91,8 @@ def quantize_gguf(config: QuantizeGguf, job: Job) -> Draft:
     if texts and config.scheme not in _UNWEIGHTED:
         with _timed(job, "importance"):
             rows = calibration_ids(texts, tokenizer, config.calibration_tokens)
-            source = load_model(model.path, "bfloat16")
+            source: Any = load_model(model.path, "bfloat16")
+            source.to(granted_device(job.resources))
             importance = importance_matrix(
                 source, rows, names, lambda done, total: job.progress(done, total, "rows of the importance matrix")
             )

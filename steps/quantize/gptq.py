@@ -22,7 +22,7 @@ from steps.lm.checkpoint import (
 from steps.quantize._calibration import calibration_ids, calibration_texts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 GroupSize = Literal[-1, 16, 32, 64, 128, 256, 512, 1024]
 
@@ -64,6 +64,8 @@ class QuantizeGptq(StepConfig):
 )
 def quantize_gptq(config: QuantizeGptq, job: Job) -> Draft:
     """Quantize layer by layer, write the checkpoint, open it anew and prove that it still is the model."""
+    from steps.lm.device import granted_device
+
     model = config.model
     check_group_size(model.path, config.group_size)
     tokenizer = load_tokenizer(model.path)
@@ -74,7 +76,7 @@ def quantize_gptq(config: QuantizeGptq, job: Job) -> Draft:
     _quantize(config, rows, out, job)
     quantized = time.perf_counter()
     _keep_what_is_not_weights(model.path, out)
-    kappa, agreement = verify_gptq(out, model, rows[:_VERIFIED_ROWS])
+    kappa, agreement = verify_gptq(out, model, rows[:_VERIFIED_ROWS], granted_device(job.resources))
     headers = [header for _, header in safetensors_headers(out)]
     size = sum(header["data_offsets"][1] - header["data_offsets"][0] for header in headers)
     bits = 8 * size / model.facts.parameters
@@ -176,7 +178,7 @@ def _keep_what_is_not_weights(source: Path, out: Path) -> None:
             shutil.copyfile(path, out / path.name)
 
 
-def verify_gptq(directory: Path, model: Model, rows: list[list[int]]) -> tuple[float, float]:
+def verify_gptq(directory: Path, model: Model, rows: list[list[int]], device: str = "cpu") -> tuple[float, float]:
     """Prove what a GPTQ checkpoint must have kept of its source; return kappa and agreement of the likeliest tokens.
 
     Agreement is the share of positions at which both models find the same token likeliest; kappa is how far that lies
@@ -193,8 +195,8 @@ def verify_gptq(directory: Path, model: Model, rows: list[list[int]]) -> tuple[f
         raise ProofFailed(f"{directory.name}: the chat template is not the checkpoint's")
     if stop_token_ids(directory) != stop_token_ids(model.path):
         raise ProofFailed(f"{directory.name}: the stop tokens are not the checkpoint's")
-    theirs = _likeliest(load_gptq(directory), rows)
-    ours = _likeliest(load_model(model.path, "float32"), rows)
+    theirs = _likeliest(load_gptq(directory), rows, device)
+    ours = _likeliest(load_model(model.path, "float32"), rows, device)
     agreement = (ours == theirs).double().mean().item()
     count = int(max(ours.max(), theirs.max())) + 1
     shares = [torch.bincount(tokens, minlength=count).double() / len(tokens) for tokens in (ours, theirs)]
@@ -209,19 +211,20 @@ def verify_gptq(directory: Path, model: Model, rows: list[list[int]]) -> tuple[f
     return kappa, agreement
 
 
-def _likeliest(model: "PreTrainedModel", rows: list[list[int]]) -> Any:
-    """Return the likeliest next token at every position of all rows, an int64 tensor.
+def _likeliest(model: Any, rows: list[list[int]], device: str) -> Any:
+    """Return the likeliest next token at every position of all rows, an int64 tensor; it is computed on a device.
 
     Raises:
         ProofFailed: a logit is not finite.
     """
     import torch
 
+    model.to(device)
     found = []
     with torch.inference_mode():
         for ids in rows:
-            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+            logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0]
             if not logits.isfinite().all():
                 raise ProofFailed("the quantized model's logits are not finite; try more bits or smaller groups")
-            found.append(logits.argmax(-1))
+            found.append(logits.argmax(-1).cpu())
     return torch.cat(found)

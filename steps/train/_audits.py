@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from steps.artifacts import cut_half_line, read_lines
 from steps.frame import Job, UserError
 from steps.lm.chat import render
 from steps.lm.generate import opened_thinking, text_of
@@ -84,7 +85,7 @@ class Audits:
         self, rollouts: Sequence[Rollout], sums: Sequence[float], parts: Mapping[str, Sequence[float]]
     ) -> dict[str, list[float]]:
         """Return what the audits need of each answer, by name."""
-        known = parts.get(self.verifier.name)
+        known = next((parts[each.name] for each in self.scorers if each.asks_the_same_as(self.verifier)), None)
         texts = [rollout.text for rollout in rollouts]
         groups = [texts[start : start + self.group_size] for start in range(0, len(texts), self.group_size)]
         return {
@@ -159,6 +160,8 @@ class Audits:
     def resume(self, step: int) -> StopCondition | None:
         """Count on from what an earlier attempt recorded up to a step; return the condition that was met by then."""
         met = None
+        if not self.job.rank:
+            cut_half_line(self.job.scratch / HISTORY_NAME)
         for values in self.history():
             if values["step"] > step:
                 break
@@ -175,10 +178,8 @@ class Audits:
 
     def history(self) -> list[dict[str, float]]:
         """Return what was recorded, a mapping a step in order; a resumed run's later record replaces the earlier."""
-        file = self.job.scratch / HISTORY_NAME
         merged: dict[int, dict[str, float]] = {}
-        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-            values = json.loads(line)
+        for values in read_lines(self.job.scratch / HISTORY_NAME):
             merged.setdefault(int(values["step"]), {}).update(values)
         return [merged[step] for step in sorted(merged)]
 

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from steps.artifacts import write_atomic
 from steps.frame import Job
 from steps.lm.chat import render, token_ids
 from steps.lm.generate import opened_thinking, text_of
@@ -91,7 +92,7 @@ class HeldOut(TrainerCallback):
             self._keep()
         self.history.append((step, score))
         if self.trainer.accelerator.is_main_process:
-            (best_folder(self.job) / "history.json").write_text(json.dumps(self.history))
+            write_atomic(best_folder(self.job) / "history.json", json.dumps(self.history).encode())
         values = {"held_out": score, "held_out/tokens": sum(tokens for _, tokens in found) / len(found)}
         end(self.audits.record(step, values), self.job, control)
 
@@ -108,8 +109,12 @@ class HeldOut(TrainerCallback):
     def _read_best(self) -> None:
         best_folder(self.job).mkdir(exist_ok=True)
         file = best_folder(self.job) / "history.json"
-        if file.exists():
-            self.history = [(int(step), float(score)) for step, score in json.loads(file.read_text())]
+        try:
+            self.history = [(int(step), float(score)) for step, score in json.loads(file.read_bytes())]
+        except FileNotFoundError:
+            return
+        except (ValueError, TypeError):
+            self.job.log.warning("%s cannot be read: the best checkpoint is looked for from here on", file)
 
     def _answer(self) -> list[Rollout]:
         """Answer this process's share of the tasks, by whatever samples the rollouts."""

@@ -18,7 +18,7 @@ from steps.train._adapters import trainable_model, trained_draft
 from steps.train._checkpoints import checkpoints
 from steps.train._settings import Training, common_arguments
 from steps.train._stopping import HELD_OUT, LOGGED, MEASURED, StopCondition
-from steps.train.rewards import Reward, Scorer
+from steps.train.rewards import Reward, Scorer, check_tools
 
 if TYPE_CHECKING:
     from datasets import Dataset as Table
@@ -119,6 +119,12 @@ class RlTraining(Training):
             )
         if self.sync_reference and not self.kl:
             raise ValueError("sync_reference: there is no reference without `kl`; set it above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _models(self) -> "RlTraining":
+        asking = [*self.rewards, *([self.verifier] if self.verifier else [])]
+        check_tools(asking, self.reward_model, self.judge)
         return self
 
     @model_validator(mode="after")

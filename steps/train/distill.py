@@ -135,7 +135,7 @@ def prompts_and_answers(config: TrainDistill, tokenizer: "PreTrainedTokenizerFas
     """Return `prompt` (messages) and `answer` (tokens, the stop token included) of every row."""
     rows = []
     for row in read_jsonl(config.data.rows_file):
-        talk = conversation(tokenizer, row["messages"], config.model.facts.stop_token_ids)
+        talk = conversation(tokenizer, row["messages"], config.model.facts.stop_token_ids, only_last=True)
         own = zip(talk.ids[talk.prompt_length :], talk.assistant[talk.prompt_length :], strict=True)
         answer = [token for token, mine in own if mine][: config.max_new_tokens]
         if answer:

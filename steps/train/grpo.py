@@ -51,7 +51,8 @@ class TrainGrpo(RlTraining):
     epsilon: float | None = Field(default=None, gt=0)
     """How far below 1 the importance ratio may count; the loss's own bound when unset."""
     epsilon_high: float | None = Field(default=None, gt=0)
-    """How far above 1 it may count (clip-higher); for `cispo` the cap of the weight itself."""
+    """How far above 1 it may count (clip-higher); for `cispo` the cap of the weight itself. When unset the loss's own
+    bound, or `epsilon` where the loss's two bounds are one."""
     scale_rewards: Literal["group", "batch", "none"] | None = None
     """What advantages are divided by: the standard deviation of their group, of the batch, or nothing."""
     top_entropy: float = Field(default=1.0, gt=0, le=1)
@@ -74,6 +75,11 @@ def train_grpo(config: TrainGrpo, job: Job) -> Draft:
     return train_on_rollouts(config, job, GRPOTrainer, lambda **common: GRPOConfig(**common, **grpo_arguments(config)))
 
 
+def _upper_bound(form: _Form, epsilon: float | None) -> float:
+    """Return the bound above 1: a loss's own where it is another than the one below 1, else the one that is set."""
+    return form.epsilon_high if epsilon is None or form.epsilon_high != form.epsilon else epsilon
+
+
 def grpo_arguments(config: TrainGrpo) -> dict[str, Any]:
     """Translate the settings that GRPO has beside RLOO's into arguments of TRL's config."""
     form = _FORMS[config.loss]
@@ -81,7 +87,7 @@ def grpo_arguments(config: TrainGrpo) -> dict[str, Any]:
         "loss_type": form.loss_type,
         "importance_sampling_level": form.level,
         "epsilon": config.epsilon or form.epsilon,
-        "epsilon_high": config.epsilon_high or (form.epsilon_high if config.epsilon is None else config.epsilon),
+        "epsilon_high": config.epsilon_high or _upper_bound(form, config.epsilon),
         "scale_rewards": config.scale_rewards or form.scale,
         "top_entropy_quantile": config.top_entropy,
     }

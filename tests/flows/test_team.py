@@ -24,7 +24,7 @@ import pytest
 from flows.team.deployments import nightly_schedules
 from flows.team.processes import MARK, members
 from registry.home import Home
-from registry.index import write_atomic
+from steps.artifacts import write_atomic
 
 POSTTRAIN = Path(sys.executable).with_name("posttrain")
 ROOT = Path(__file__).parents[2]

@@ -98,9 +98,17 @@ def test_every_kind_of_damage_is_seen(tmp_path: Path, harm: Any, fault: str) -> 
     assert store.fault(artifact.digest) == fault
 
 
-def test_a_symbolic_link_is_no_content(tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to("/etc/passwd")
+@pytest.mark.parametrize("target", ["/etc/passwd", "/etc", "/nowhere", "."])
+def test_a_symbolic_link_is_no_content(target: str, tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "link").symlink_to(target)
     with pytest.raises(ValueError, match="symbolic link"):
+        digest_tree(tmp_path)
+
+
+def test_what_is_no_file_is_no_content(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="neither a file nor a directory"):
         digest_tree(tmp_path)
 
 

@@ -127,10 +127,15 @@ class Scorer:
         settings = {name: getattr(spec, name) for name in kind.spec.model_fields if name not in RewardSpec.model_fields}
         if kind.needs_tools:
             settings[kind.needs_tools] = tools
+        self.kind = spec.kind
         self.name = spec.label
         self.weight = spec.weight
         self._function = kind.function
         self._settings: Mapping[str, Any] = settings
+
+    def asks_the_same_as(self, other: "Scorer") -> bool:
+        """Whether both give the same to the same answers, whatever they are called and weigh."""
+        return self.kind == other.kind and self._settings == other._settings
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float]:
         """Return one finite number for each answer.
