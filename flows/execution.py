@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
+from flows.gpu_claims import claim, release
 from flows.plan import Plan, PlannedStep, environment_python
 from registry.errors import RegistryError
 from registry.family import member_at
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 Outcome = Literal["finished", "cached", "refused", "failed", "skipped"]
 OnProgress = Callable[[str, Mapping[str, Any]], None]
 
+_LOOK_SECONDS = 0.5
 _SHAPING = (
     "torch",
     "transformers",
@@ -231,6 +233,7 @@ class Execution:
                 kind=node.kind.name,
                 key=step.key,
                 config=plain_config(node.kind, node.config),
+                likeness=step.likeness,
                 libraries=node.kind.library_versions(node.config),
                 inputs=inputs,
                 outputs=dict(result.outputs),
@@ -258,18 +261,26 @@ class Slots:
 
     @contextmanager
     def taken(self, wanted: Resources) -> Iterator[tuple[str, ...]]:
-        """Hold cores (0: all) and GPUs for the length of the context; yields the GPUs' names."""
+        """Hold cores (0: all) and GPUs for the length of the context; yields the GPUs' names.
+
+        A GPU is held against every other run of this machine.
+        """
         cpus = min(wanted.cpus or self.total, self.total)
         with self._changed:
-            self._changed.wait_for(lambda: self.free >= cpus and len(self.gpus) >= wanted.gpus)
+            while True:
+                self._changed.wait_for(lambda: self.free >= cpus)
+                claimed = claim(self.gpus, wanted.gpus)
+                if claimed is not None:
+                    break
+                # Other runs do not say when they give one back.
+                self._changed.wait(_LOOK_SECONDS)
             self.free -= cpus
-            devices, self.gpus = tuple(self.gpus[: wanted.gpus]), self.gpus[wanted.gpus :]
         try:
-            yield devices
+            yield tuple(claimed)
         finally:
             with self._changed:
                 self.free += cpus
-                self.gpus = sorted([*self.gpus, *devices])
+                release(claimed)
                 self._changed.notify_all()
 
 
@@ -285,6 +296,6 @@ def versions() -> dict[str, str]:
 
 
 def clean(home: Home) -> None:
-    """Remove what crashes left behind: artifacts half-discarded, staging directories of dead steps."""
+    """Remove what crashes left behind: artifacts that were being discarded. A step clears its own work as it runs."""
     for grave in (home.root / "artifacts").glob(".discarded-*"):
         shutil.rmtree(grave, ignore_errors=True)

@@ -1,5 +1,6 @@
 """The plan: every step's key, and whether it must run, before anything does. Imports neither torch nor MLflow."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,9 +13,10 @@ from registry.family import member_at
 from registry.home import Home
 from registry.index import Entry, Index
 from registry.record import Recorder
+from steps.artifacts.manifest import canonical_json
 from steps.frame import UserError
 from steps.frame.config import sources_of
-from steps.frame.keys import step_key
+from steps.frame.keys import plain_config, step_key
 from steps.frame.kinds import ABSENT, modules_of, version_of
 from steps.frame.scale import lacking
 from steps.frame.spec import RESULT_NAME, SPEC_NAME, StepResult
@@ -26,7 +28,7 @@ REGISTRY = "registry://"
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a step cost the last time one like it ran."""
+    """What a step cost the last time that it ran with these settings, after steps with theirs."""
 
     seconds: float
     peak_memory: int
@@ -51,6 +53,8 @@ class PlannedStep:
     result: StepResult | None = None
     """What the interrupted attempt left, for `record`."""
     predicted: Prediction | None = None
+    likeness: str = ""
+    """Digest of its settings and those of all steps before it."""
 
     @property
     def name(self) -> str:
@@ -105,7 +109,8 @@ def make_plan(graph: Graph, home: Home, root: Path, *, thorough: bool, say: Say 
     keys, registry = graph_keys(graph, home, root)
     index = Index(home.index)
     known = _Known(index, home, thorough)
-    steps = {name: known.planned(node, keys[name]) for name, node in graph.nodes.items()}
+    alike = likenesses(graph)
+    steps = {name: known.planned(node, keys[name], alike[name]) for name, node in graph.nodes.items()}
     if thorough:
         todo = [step.node for step in steps.values() if _is_to_run(step)]
         prove_unproven((name for node in todo for name in (*imported(node), *needed(graph, node))), say)
@@ -127,6 +132,20 @@ def graph_keys(graph: Graph, home: Home, root: Path) -> tuple[dict[str, str], di
     return keys, registry
 
 
+def likenesses(graph: Graph) -> dict[str, str]:
+    """Return a digest for every node, of its settings, its resources and its parents' digests: no data, no code."""
+    found: dict[str, str] = {}
+    for node in graph.nodes.values():
+        content = {
+            "kind": node.kind.name,
+            "config": plain_config(node.kind, node.config),
+            "resources": node.resources.model_dump(mode="json"),
+            "parents": {name: [f"{found[ref.step]}:{ref.output}" for ref in refs] for name, refs in node.edges.items()},
+        }
+        found[node.name] = hashlib.sha256(canonical_json(content)).hexdigest()[:32]
+    return found
+
+
 class _Known:
     """What the index, the store and the work directories say of a key."""
 
@@ -138,8 +157,8 @@ class _Known:
         self.entries = index.entries()
         self._faults: dict[str, str | None] = {}
 
-    def planned(self, node: Node, key: str) -> PlannedStep:
-        step = PlannedStep(node, key, "run", predicted=self.prediction(node))
+    def planned(self, node: Node, key: str, likeness: str) -> PlannedStep:
+        step = PlannedStep(node, key, "run", predicted=self.prediction(likeness), likeness=likeness)
         entry = self.recorder.find(key)
         if entry is not None:
             fault = self.fault(entry.outputs)
@@ -164,12 +183,9 @@ class _Known:
                 return f"{fault} in artifact {digest[:12]}"
         return None
 
-    def prediction(self, node: Node) -> Prediction | None:
-        alike = [entry for entry in self.entries if entry.kind == node.kind.name]
-        if not alike:
-            return None
-        best = min(alike, key=lambda entry: (entry.step != node.name, entry.step.partition("[")[0] != node.family))
-        return Prediction(best.seconds, best.peak_memory, best.size)
+    def prediction(self, likeness: str) -> Prediction | None:
+        last = next((entry for entry in self.entries if entry.likeness == likeness), None)
+        return Prediction(last.seconds, last.peak_memory, last.size) if last else None
 
 
 def _left_result(work: Path) -> StepResult | None:

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from registry.bootstrap import paired_bootstrap
 from registry.errors import RegistryError, nearest
 from steps.artifacts import Report
 
 if TYPE_CHECKING:
-    import numpy as np
+    pass
 
-RESAMPLES = 10_000
-SEED = 17
 FEWEST_SAMPLES = 10
 """Below this many common samples a paired test says nothing and the gate does not hold."""
 
@@ -88,7 +87,8 @@ class Evidence(BaseModel):
 class GateOutcome(BaseModel):
     """What one gate says of one member."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A perplexity may be no number at all; JSON has words for that only as strings.
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
 
     gate: Gate
     member: str
@@ -109,7 +109,7 @@ class GateOutcome(BaseModel):
 class GateDecision(BaseModel):
     """Whether a candidate may become champion, and why."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
 
     promote: bool
     outcomes: tuple[GateOutcome, ...] = ()
@@ -263,6 +263,17 @@ def _compare(gate: Gate, member: str, evidence: Evidence, champion: Evidence, ch
             f"champion, at least {FEWEST_SAMPLES} are needed."
         )
     value, reference, low, high = _bootstrapped(pairs, statistic, gate.confidence)
+    if not all(map(math.isfinite, (value, reference, low, high))):
+        known = math.isfinite(value)
+        return GateOutcome(
+            gate=gate,
+            member=member,
+            passed=known and not math.isfinite(reference),
+            value=value if known else None,
+            samples=len(pairs),
+            sentence=f"{gate.metric} of `{member}` is {value:.4g} against the champion's {reference:.4g}: "
+            + ("the champion has no finite value." if known else "it is beyond what can be computed."),
+        )
     loss = -low if statistic.higher_is_better else high
     passed = loss <= gate.no_worse_by + 1e-12
     return GateOutcome(
@@ -299,41 +310,6 @@ def _bootstrapped(
     if statistic.weight:
         weights = np.array([[row[statistic.weight] for row in pair] for pair in pairs], dtype=np.float64)
     return paired_bootstrap(values, weights, confidence, exponential=statistic.exponential)
-
-
-def paired_bootstrap(
-    values: "np.ndarray", weights: "np.ndarray", confidence: float, *, exponential: bool = False
-) -> tuple[float, float, float, float]:
-    """Bound the difference of two weighted means, resampling the samples of both together.
-
-    Args:
-        values: (samples, 2), candidate and champion.
-        weights: (samples, 2).
-        confidence: of each bound, one-sided.
-        exponential: compare the exponentials of the means (perplexity from nll).
-
-    Returns:
-        The candidate's value, the champion's, and the lower and upper bound of their difference.
-    """
-    import numpy as np
-
-    def means(counts: "np.ndarray") -> "np.ndarray":
-        found = (counts @ (values * weights)) / (counts @ weights)
-        return np.exp(found) if exponential else found
-
-    random = np.random.default_rng(SEED)
-    count = len(values)
-    chunk = max(1, min(RESAMPLES, 1_000_000 // count))
-    differences = []
-    for start in range(0, RESAMPLES, chunk):
-        size = min(chunk, RESAMPLES - start)
-        # How often each sample is drawn says all there is to know of a resample: (size, samples).
-        drawn = random.integers(count, size=(size, count)) + count * np.arange(size)[:, None]
-        counts = np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count)
-        differences.append(means(counts.astype(np.float64)) @ np.array([1.0, -1.0]))
-    ours, theirs = means(np.ones(count))
-    low, high = np.quantile(np.concatenate(differences), [1 - confidence, confidence])
-    return float(ours), float(theirs), float(low), float(high)
 
 
 def _finite(value: Any) -> bool:

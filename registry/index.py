@@ -24,6 +24,8 @@ class Entry(BaseModel):
     """Name in the recipe."""
     kind: str
     """Step kind, e.g. `merge.adapter`."""
+    likeness: str = ""
+    """Digest of its settings and those of all steps before it; what `plan` predicts comes from steps that are alike."""
     outputs: Mapping[str, str]
     """Artifact digest by output name (empty where the step has one output)."""
     models: Mapping[str, str]
@@ -67,14 +69,6 @@ class Index:
         paths = sorted((self.root / "keys").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)[-limit:]
         found = [entry for path in paths if (entry := self._read(path))]
         return sorted(found, key=lambda entry: entry.finished_at, reverse=True)
-
-    def history(self, kind: str, step: str = "", recipe: str = "") -> list[Entry]:
-        """Return earlier steps of a kind, the likest first: same recipe and name, same name, then by age.
-
-        Their seconds, peak memory and bytes are what `plan` predicts from.
-        """
-        same = [entry for entry in self.entries() if entry.kind == kind]
-        return sorted(same, key=lambda entry: (entry.step != step, entry.recipe != recipe))
 
     def begin(self, key: str) -> None:
         """Note that a step is being recorded: until `end`, MLflow may know more than the index."""

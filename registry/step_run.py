@@ -39,6 +39,8 @@ class StepRecord(BaseModel):
     key: str
     config: Mapping[str, Any]
     """The resolved config."""
+    likeness: str = ""
+    """Digest of its settings and those of all steps before it: steps that are alike take alike."""
     libraries: Mapping[str, str] = {}
     inputs: Mapping[str, str] = {}
     """Artifact digest by role (`model`, `candidates.0`)."""
@@ -107,6 +109,7 @@ class StepRun:
             recipe=self.recipe,
             step=self.step.name,
             kind=self.step.kind,
+            likeness=self.step.likeness,
             outputs=self.step.outputs,
             models=models,
             run_id=self.run_id,

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
+
 from registry.champions import SUFFIX, replay
 from registry.gates import GateDecision
 from registry.members import Family, Member, Release, ReportRef
@@ -66,7 +68,7 @@ def _release(release: str, versions: list["ModelVersion"], aliases: Mapping[str,
         version=int(head.version),
         members=tuple(map(_member, ordered)),
         aliases=tuple(name for name, version in aliases.items() if version == int(head.version)),
-        decision=GateDecision.model_validate_json(tags["posttrain.decision"]) if "posttrain.decision" in tags else None,
+        decision=_decision(tags.get("posttrain.decision", "")),
         reports={
             step: ReportRef.model_validate(ref) for step, ref in json.loads(tags.get("posttrain.reports", "{}")).items()
         },
@@ -75,6 +77,14 @@ def _release(release: str, versions: list["ModelVersion"], aliases: Mapping[str,
         rolled_back=tags.get("posttrain.rolled_back", ""),
         created_at=datetime.fromtimestamp(head.creation_timestamp / 1000, UTC),
     )
+
+
+def _decision(text: str) -> GateDecision | None:
+    """Read a decision; one that cannot be read counts as none, so that the next publication decides again."""
+    try:
+        return GateDecision.model_validate_json(text) if text else None
+    except ValidationError:
+        return None
 
 
 def _member(version: "ModelVersion") -> Member:

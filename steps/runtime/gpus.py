@@ -16,6 +16,17 @@ def gpus() -> list[str]:
     return [name for name in chosen.split(",") if name.strip() not in ("", "-1")]
 
 
+def physical_name(name: str) -> str:
+    """Return a GPU's number for the name that `CUDA_VISIBLE_DEVICES` gives it, which may be its UUID, shortened."""
+    for path in sorted(_DRIVER.glob("gpus/*/information")):
+        with suppress(OSError):
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+            if name.startswith("GPU-") and told.get("GPU UUID", "").startswith(name) and "Device Minor" in told:
+                return told["Device Minor"]
+    return name
+
+
 def device_files() -> int:
     """Return for how many GPUs there are device files; a container may know the driver and have none."""
     return len(list(Path("/dev").glob("nvidia[0-9]*")))

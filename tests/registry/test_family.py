@@ -253,3 +253,14 @@ def test_the_mirror_is_rebuilt(workshop: Workshop) -> None:
     before = load(workshop.home, "pico")
     shutil.rmtree(workshop.home.index)
     assert load(workshop.home, "pico") == before
+
+
+@pytest.mark.parametrize(
+    "text", ['{"promote": true, "outcomes": [{"interval": [null, null]}], "sentence": ""}', "{", ""]
+)
+def test_a_decision_that_cannot_be_read_costs_itself_and_not_the_family(workshop: Workshop, text: str) -> None:
+    one = released(workshop, b"one")
+    workshop.recorder.tracking.client.set_model_version_tag("pico", str(one.version), "posttrain.decision", text)
+    shutil.rmtree(workshop.home.index)
+    assert load(workshop.home, "pico").release("1").decision is None
+    assert released(workshop, b"one").decision == YES

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from registry.bootstrap import paired_bootstrap
 from registry.errors import RegistryError
-from registry.gates import Evidence, Gate, GateOutcome, decide, judge, paired_bootstrap
+from registry.gates import Evidence, Gate, GateDecision, GateOutcome, decide, judge
 from tests.registry.workshop import Workshop
 
 SCORE = Gate(metric="quality.answer_score", against="champion", no_worse_by=0.01)
@@ -189,3 +190,35 @@ def test_evidence_is_read_from_a_report(workshop: Workshop) -> None:
     assert evidence.metrics == {"merged/kl": 0.5}
     assert [row["sample"] for row in evidence.rows["merged"]] == ["s0", "s1"]
     assert "prompt" not in evidence.rows["merged"][0]
+
+
+@pytest.mark.parametrize(("ours", "theirs", "passed"), [(800.0, 2.0, False), (2.0, 800.0, True), (800.0, 800.0, False)])
+def test_what_no_number_can_hold_is_decided_and_can_be_read_again(ours: float, theirs: float, passed: bool) -> None:
+    """The exponential of a mean above 709 is no number."""
+    gate = Gate(metric="quality.perplexity", against="champion", no_worse_by=0.1)
+    found = verdict(gate, rows("merged", nll=ours), rows("merged", nll=theirs))
+    assert found.passed is passed
+    assert found.interval is None
+    assert GateOutcome.model_validate_json(found.model_dump_json()) == found
+
+
+def test_numbers_that_json_has_no_word_for_are_kept() -> None:
+    outcome = GateOutcome(
+        gate=SCORE, member="merged", passed=False, value=math.inf, interval=(-math.inf, math.inf), sentence="No."
+    )
+    assert GateOutcome.model_validate_json(outcome.model_dump_json()) == outcome
+    decision = GateDecision(promote=False, outcomes=(outcome,), sentence="No.")
+    assert GateDecision.model_validate_json(decision.model_dump_json()) == decision
+
+
+def test_kl_and_agreement_weigh_by_tokens_as_the_reports_do() -> None:
+    """Short rows that lie far off, long ones that lie near."""
+    made = [
+        {"sample": str(n), "candidate": "merged", "score": None, "nll": 1.0, "tokens": 1 if n % 2 else 99,
+         "kl": 1.0 if n % 2 else 0.01, "top1": 0.0 if n % 2 else 1.0}
+        for n in range(40)
+    ]  # fmt: skip
+    evidence = Evidence(metrics={}, rows={"merged": tuple(made)})
+    for metric, value in (("kl", 0.01 * 0.99 + 1.0 * 0.01), ("top1_agreement", 0.99)):
+        found = verdict(Gate(metric=f"quality.{metric}", against="champion"), evidence, evidence)
+        assert found.value == pytest.approx(value)

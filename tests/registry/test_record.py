@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -15,7 +14,7 @@ import pytest
 
 from registry.errors import RegistryError
 from registry.home import Home
-from registry.index import Entry, Index
+from registry.index import Index
 from registry.record import Recorder
 from registry.run_data import flatten, mlflow_name, read_points
 from tests.registry.workshop import BEGAN, Workshop
@@ -255,34 +254,6 @@ def test_a_cached_step_leads_to_the_run_that_made_it(workshop: Workshop) -> None
     assert run.info.status == "FAILED"
     table = json.loads(files_of(workshop, execution.run_id)["tables/comparison.json"].read_text())
     assert table == {"columns": ["candidate", "kl"], "data": [["merged", 0.1], ["gguf", None]]}
-
-
-def test_history_puts_the_likest_step_first(tmp_path: Path) -> None:
-    index = Index(tmp_path)
-    rows = [
-        ("a" * 64, "r", "sft", 0),
-        ("b" * 64, "other", "sft", 2),
-        ("c" * 64, "r", "dpo", 3),
-        ("d" * 64, "r", "sft", 1),
-    ]
-    for key, recipe, step, age in rows:
-        index.put(
-            Entry(
-                key=key,
-                recipe=recipe,
-                step=step,
-                kind="train.sft",
-                outputs={},
-                models={},
-                run_id="x",
-                seconds=1,
-                peak_memory=1,
-                size=1,
-                finished_at=BEGAN + timedelta(hours=age),
-            )
-        )
-    assert [entry.key[0] for entry in index.history("train.sft", "sft", "r")] == ["d", "a", "b", "c"]
-    assert index.history("train.dpo") == []
 
 
 def test_names_and_params_take_mlflows_form(tmp_path: Path) -> None:
