@@ -12,8 +12,14 @@ from steps.frame.errors import did_you_mean
 
 PROFILES = "profiles"
 """Key of a recipe under which its profiles stand: partial recipes by name."""
+_OF_ENVIRONMENT = "Environment variable"
+"""How OmegaConf begins to say that one is not set."""
 _REPLACING = ("uses", "kind")
 """Keys that say what a mapping is; with another value its other keys are others, too."""
+
+
+class NotSet(UserError):
+    """A recipe reads an environment variable that is not set."""
 
 
 def extended(file: YamlFile, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -23,9 +29,12 @@ def extended(file: YamlFile, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         UserError: it extends a file that is not there, or itself.
     """
     content = dict(file.content)
-    parents = content.pop("extends", [])
+    parents = content.pop("extends", None) or []
     below: dict[str, Any] = {}
-    for name in [parents] if isinstance(parents, str) else parents:
+    names = [parents] if isinstance(parents, str) else parents
+    if not isinstance(names, list) or not all(isinstance(name, str) and "\0" not in name for name in names):
+        raise UserError(f"{file.where(('extends',))}: extends: name a file, or a list of files, not {parents!r:.60}")
+    for name in names:
         path = (file.path.parent / name).resolve()
         if path in (*seen, file.path.resolve()):
             raise UserError(f"{file.where(('extends',))}: extends: {name} extends this recipe in turn")
@@ -95,7 +104,8 @@ def with_profile(content: Mapping[str, Any], name: str, partial: Mapping[str, An
     small to try the recipe must not meet the real champion.
     """
     merged = merge(content, partial)
-    named = "family" in (partial.get("publish") or {})
+    own = partial.get("publish")
+    named = isinstance(own, Mapping) and "family" in own
     if not named and isinstance(publish := merged.get("publish"), Mapping) and "family" in publish:
         merged["publish"] = {**publish, "family": f"{publish['family']}-{name}"}
     return merged
@@ -146,6 +156,7 @@ def interpolated(content: dict[str, Any], file: YamlFile) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         reason = str(error).strip().splitlines()[0]
         key = getattr(error, "full_key", None) or ""
-        raise UserError(f"{file.where(key.split('.'))}: {key}: {reason}") from None
+        kind = NotSet if _OF_ENVIRONMENT in reason else UserError
+        raise kind(f"{file.where(key.split('.'))}: {key}: {reason}") from None
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from flows.execution import Execution, OnProgress, clean
 from flows.graph import build_graph
+from flows.layers import NotSet
 from flows.opponent import with_opponent
 from flows.plan import Plan, make_plan
 from flows.recipe import load_recipe
@@ -17,8 +18,6 @@ from steps.frame.scale import cores
 from steps.runtime.gpus import gpus
 
 RECIPES = Path("recipes")
-_ENVIRONMENT = "${oc.env:"
-"""How a recipe takes a value from the environment."""
 
 
 def recipe_path(recipe: str) -> Path:
@@ -70,12 +69,12 @@ def plan_recipe(
 
 
 def _check_other(path: Path, profile: str) -> None:
-    # What is set for the chosen profile alone need not be there for the others.
-    if _ENVIRONMENT in path.read_text(encoding="utf-8"):
-        return
     try:
         with elsewhere():
             build_graph(load_recipe(path, (), profile))
+    except NotSet:
+        # What is set for the chosen profile alone need not be there for the others.
+        return
     except UserError as error:
         said = f"profile `{profile}`" if profile else "without a profile"
         raise UserError(f"{said}: {error}") from None

@@ -1,5 +1,6 @@
 """Recipes: YAML in, one checked recipe out, after `extends:`, its profile, `--set` and `${...}`."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,9 @@ from flows.yaml_file import Place, YamlFile
 from registry.gates import Gate
 from steps.frame import Resources, UserError
 from steps.frame.errors import did_you_mean
+
+_MOST = 1000
+"""Members of a matrix, and rounds of a group."""
 
 
 class _Part(BaseModel):
@@ -49,6 +53,16 @@ class StepEntry(BaseModel):
     resources: Resources | None = None
     """What it asks of the machine, where the kind's default does not fit."""
 
+    @field_validator("matrix")
+    @classmethod
+    def _bounded(cls, matrix: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        members = math.prod(len(values) for values in matrix.values())
+        if members > _MOST:
+            raise ValueError(f"these are {members} combinations; {_MOST} are the most that a step is run for")
+        if empty := [key for key, values in matrix.items() if not values]:
+            raise ValueError(f"`{empty[0]}` has no value; leave the key out, or give it one")
+        return matrix
+
     @property
     def config(self) -> dict[str, Any]:
         """The kind's own keys."""
@@ -67,7 +81,7 @@ class Carried(_Part):
 class Rounds(_Part):
     """A group of steps that is run several times, one round after the other."""
 
-    rounds: int = Field(ge=1)
+    rounds: int = Field(ge=1, le=_MOST)
     """How often. Steps are named by their round, `tuned[2]`; from outside `tuned` is the last round's, and all rounds'
     where a list is asked for."""
     carry: dict[str, Carried] = {}

@@ -11,6 +11,10 @@ from steps.frame import UserError
 
 Place = tuple[str | int, ...]
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_LARGEST = 1 << 20
+"""Bytes of a file."""
+_MOST_VALUES = 20_000
+"""Keys and values of a file with its aliases written out."""
 
 
 @dataclass(frozen=True)
@@ -26,21 +30,26 @@ class YamlFile:
         """Read a file whose top level is a mapping.
 
         Raises:
-            UserError: it is missing, is no YAML, repeats a key, or is not a mapping.
+            UserError: it is missing, is no YAML in UTF-8, repeats a key, grows beyond measure, or is not a mapping.
         """
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror or error}") from None
+        text = _text(path)
         lines: dict[Place, int] = {}
         try:
             tree = yaml.compose(text, Loader=_Loader)
             if tree is not None:
+                _expanded(tree, path, {})
                 _note_lines(tree, (), lines, path)
             content = yaml.load(text, Loader=_Loader)
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
             raise UserError(f"{path}:{line}: not valid YAML: {error.problem}") from None
+        except yaml.reader.ReaderError as error:
+            raise UserError(f"{path}: not valid YAML: {error.reason}, character {error.position}") from None
+        except RecursionError:
+            raise UserError(f"{path}: its values are nested too deep") from None
+        except ValueError as error:
+            # A date that is none, a number that is too long.
+            raise UserError(f"{path}: not valid YAML: {error}; put the value in quotes") from None
         if not isinstance(content, dict):
             raise UserError(f"{path}: a recipe is a mapping with `name:` and `steps:` at its top")
         return cls(path, content, lines)
@@ -59,9 +68,54 @@ class YamlFile:
         return str(self.path)
 
 
+def _text(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    if len(content) > _LARGEST:
+        raise UserError(f"{path}: {len(content)} bytes are no recipe; {_LARGEST} are the most that is read")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: this is not UTF-8 ({error.reason}); save the file in that encoding") from None
+
+
+def _expanded(node: yaml.Node, path: Path, sizes: dict[int, int]) -> int:
+    """Return how many values a node stands for, its aliases written out.
+
+    Args:
+        node: where to count.
+        path: of the file, for errors.
+        sizes: of the nodes that were counted, by identity; 0 for one within which this one lies.
+
+    Raises:
+        UserError: it holds itself, or is too large.
+    """
+    known = sizes.get(id(node))
+    if known == 0:
+        raise UserError(f"{path}:{node.start_mark.line + 1}: this holds an alias to itself")
+    if known is None:
+        sizes[id(node)] = 0
+        parts: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            parts = node.value
+        known = 1 + sum(_expanded(part, path, sizes) for part in parts)
+        sizes[id(node)] = known
+    if known > _MOST_VALUES:
+        line = node.start_mark.line + 1
+        raise UserError(f"{path}:{line}: with its aliases written out this is more than {_MOST_VALUES} values")
+    return known
+
+
 def _note_lines(node: yaml.Node, place: Place, lines: dict[Place, int], path: Path) -> None:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise UserError(f"{path}:{key.start_mark.line + 1}: a key is a word, not a list or a mapping")
             below = (*place, key.value)
             line = key.start_mark.line + 1
             if below in lines:

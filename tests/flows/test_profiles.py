@@ -153,3 +153,22 @@ def test_the_form_has_a_plain_field_for_it() -> None:
     fields = form(lifecycle)["properties"]
     assert list(fields) == ["recipe", "profile", "overrides", "publish"]
     assert (fields["profile"]["type"], fields["profile"]["default"]) == ("string", "")
+
+
+def test_a_parents_variable_that_a_profile_does_not_use_need_not_be_set(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe itself reads nothing of the environment; what it extends does."""
+    monkeypatch.delenv("POSTTRAIN_TEST_UNSET", raising=False)
+    write("parent.yaml", BIG.replace("python-stdlib-docs}", '"${oc.env:POSTTRAIN_TEST_UNSET}"}'))
+    path = write(
+        "child.yaml", "extends: parent.yaml\nprofiles: {pico: {steps: {data: {source: python-stdlib-docs}}}}\n"
+    )
+    home = Home.at(tmp_path / "home")
+    assert plan_recipe(str(path), (), thorough=False, profile="pico", home=home).steps.keys() >= {"data", "sft"}
+    assert "POSTTRAIN_TEST_UNSET" in refusal(plan_recipe, str(path), (), thorough=False, home=home)
+    # What can be checked without it, is.
+    path = write("child.yaml", "extends: parent.yaml\nprofiles: {other: {steps: {sft: {rnak: 3}}}}\n")
+    monkeypatch.setenv("POSTTRAIN_TEST_UNSET", "python-stdlib-docs")
+    said = refusal(plan_recipe, str(path), (), thorough=False, profile="pico", home=home)
+    assert "profile `other`" in said and "rnak: unknown key" in said
