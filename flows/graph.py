@@ -9,7 +9,18 @@ from pydantic import ValidationError
 
 from flows.publish_check import check_publish
 from flows.recipe import LoadedRecipe, Rounds, StepEntry, validation_error
-from flows.rounds import Occurrence, called, check_carried, check_names, latest, meant, occurrences, picked, titled
+from flows.rounds import (
+    Occurrence,
+    called,
+    check_carried,
+    check_clear,
+    check_names,
+    latest,
+    meant,
+    occurrences,
+    picked,
+    titled,
+)
 from steps.artifacts import Artifact
 from steps.frame import Follow, Like, Ref, Resources, StepConfig, StepKind, UserError, load_kind
 from steps.frame.config import EdgeSpec, name_fields_of
@@ -193,6 +204,8 @@ def _resolve(loaded: LoadedRecipe, node: Node, edge: EdgeSpec, ref: Ref, nodes: 
     else:
         found, output = called(nodes.values(), ref.step), ref.output
     place = (*node.place, edge.field)
+    if not isinstance(group, Rounds):
+        check_clear(loaded, place, nodes.values(), ref.step)
     return picked(loaded, place, Ref(ref.step, output), found if edge.many else latest(found), known, many=edge.many)
 
 

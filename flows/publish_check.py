@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from flows.rounds import check_clear
 from steps.artifacts import Artifact, Quantized, Report
 from steps.frame.errors import did_you_mean
 
@@ -20,6 +21,7 @@ def check_publish(graph: "Graph") -> None:
         return
     names = {name for node in graph.nodes.values() for name in (node.name, node.family)}
     for index, member in enumerate(publish.members):
+        check_clear(graph.loaded, ("publish", "members", index), graph.nodes.values(), member)
         if not graph.members(member):
             raise graph.loaded.error(("publish", "members", index), f"no step `{member}`{did_you_mean(member, names)}")
         for node in graph.members(member):

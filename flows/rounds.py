@@ -67,6 +67,22 @@ def called(nodes: Iterable["Node"], name: str) -> list["Node"]:
     return []
 
 
+def check_clear(loaded: LoadedRecipe, place: Sequence[str | int], nodes: Iterable["Node"], name: str) -> None:
+    """Refuse a name that may mean a round of a step, or a member of its matrix.
+
+    Raises:
+        UserError: it may mean both.
+    """
+    known = [node for node in nodes if node.round and node.member]
+    member = next((node for node in known if name == titled(node.family, node.member)), None)
+    if member and (other := next((node for node in known if name == titled(node.family, node.round)), None)):
+        both = f"`{member.family}[ROUND,{member.member}]` or `{other.family}[{other.round},MEMBER]`"
+        raise loaded.error(
+            place,
+            f"`{name}` may mean the member {member.member} of every round, or round {other.round}; write {both}",
+        )
+
+
 def latest(nodes: Sequence["Node"]) -> list["Node"]:
     """Keep those of the last round: what a bare name means where one artifact is asked for."""
     last = max((node.round for node in nodes), default=0)

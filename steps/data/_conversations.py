@@ -28,6 +28,8 @@ class Conversation:
     where: str
     task: Mapping[str, Any] | None = field(default=None, compare=False)
     """What the task's own verifier needs, from an object in a column `task`."""
+    group: str | None = field(default=None, compare=False)
+    """What the row says of what it belongs together with, where a column is named for that."""
     unlearned: frozenset[int] = field(default=frozenset(), compare=False)
     """Places of messages that say `learn: false`: fine-tuning leaves them out of its loss."""
 
@@ -35,6 +37,12 @@ class Conversation:
     def id(self) -> str:
         """16 hex digits of the sha256 over the messages: the same text has the same id in every data set."""
         return hexdigest(canonical_json(self.messages))[:16]
+
+    @property
+    def opening(self) -> str:
+        """Digest of what comes before the assistant's first turn: rows that share it are answers to one question."""
+        first = next(index for index, (role, _) in enumerate(self.messages) if role == "assistant")
+        return hexdigest(canonical_json(self.messages[:first]))[:16]
 
     @property
     def text(self) -> str:
@@ -54,14 +62,23 @@ class Conversation:
         return row if self.task is None else {**row, "task": self.task}
 
 
-def conversation(row: SourceRow, source: str, columns: Columns, system: str | None) -> Conversation:
+def conversation(
+    row: SourceRow, source: str, columns: Columns, system: str | None, group: str | None = None
+) -> Conversation:
     """Read a row as a conversation.
 
     What follows the last assistant's turn is left out: there is nothing to learn from it. `system` is put first where
     the row has no system message of its own.
 
+    Args:
+        row: as its source has it.
+        source: the source's URI.
+        columns: where the messages stand, unless the layout is a known one.
+        system: system message for rows that have none.
+        group: column that says which rows belong together.
+
     Raises:
-        UserError: the layout is unknown, or the conversation has no user's or no assistant's turn.
+        UserError: the layout is unknown, the conversation has no user's or no assistant's turn, or no such column.
     """
     messages = _messages(row, columns)
     last = max((index for index, (role, _) in enumerate(messages) if role == "assistant"), default=None)
@@ -78,7 +95,11 @@ def conversation(row: SourceRow, source: str, columns: Columns, system: str | No
         messages = [("system", system), *messages]
         unlearned = frozenset(index + 1 for index in unlearned)
     task = row.values.get("task")
-    return Conversation(tuple(messages), source, row.where, task if isinstance(task, Mapping) else None, unlearned)
+    if group is not None and group not in row.values:
+        raise _no_column(group, row)
+    together = None if group is None else str(row.values[group])
+    own_task = task if isinstance(task, Mapping) else None
+    return Conversation(tuple(messages), source, row.where, own_task, together, unlearned)
 
 
 def _messages(row: SourceRow, columns: Columns) -> list[tuple[str, str]]:

@@ -26,7 +26,10 @@ class MixData(StepConfig):
     flags: bool = False
     """End the last user's turn with ` /think` or ` /no_think`, by which the model can then be switched."""
     rows: int | None = Field(default=None, ge=1)
-    """Rows in all; when unset, as many as the shares allow. No row is taken twice."""
+    """Rows in all; when unset, as many as the shares allow, which cuts every part to the one that is short. No row is
+    taken twice."""
+    union: bool = False
+    """Take every row of every part, each once, in place of shares."""
     seed: int = 0
 
     @model_validator(mode="after")
@@ -37,6 +40,8 @@ class MixData(StepConfig):
                 raise ValueError(f"{key}: {len(given)} entries for {len(self.parts)} parts; give one for each part")
         if self.weights is not None and min(self.weights) <= 0:
             raise ValueError("weights: each must be above 0; leave out a part that is not wanted")
+        if self.union and (self.weights is not None or self.rows is not None):
+            raise ValueError("union: it takes every row; leave `weights` and `rows` out, or `union`")
         return self
 
 
@@ -46,7 +51,8 @@ def mix_data(config: MixData, job: Job) -> Draft:
     weights = config.weights or [1.0] * len(config.parts)
     modes: list[Mode] = config.thinking or ["keep"] * len(config.parts)
     parts = [_usable(part, mode, config.flags) for part, mode in zip(config.parts, modes, strict=True)]
-    counts = shares(weights, [len(part) for part in parts], config.rows)
+    available = [len(part) for part in parts]
+    counts = available if config.union else shares(weights, available, config.rows)
     _check_counts(config, job.name, counts, parts)
     drawn = [
         (uniform(config.seed, "order", number, row["id"]), number, row)
@@ -54,12 +60,23 @@ def mix_data(config: MixData, job: Job) -> Draft:
         for row in _sample(part, count, config.seed, number)
     ]
     rows = [row for _, _, row in sorted(drawn, key=lambda each: each[:2])]
+    if config.union:
+        rows = list({row["id"]: row for row in rows}.values())
+    _tell_left_out(job, counts, available)
     out = job.output()
     write_jsonl(out / "rows.jsonl", rows)
     statistics = {f"part_{number}": float(count) for number, count in enumerate(counts, start=1)}
     statistics["thinking"] = float(sum(thinks(row) for row in rows))
     job.log_metrics({"rows": len(rows), **statistics})
     return Dataset.draft(out, DatasetFacts(rows=len(rows), statistics=statistics))
+
+
+def _tell_left_out(job: Job, counts: Sequence[int], available: Sequence[int]) -> None:
+    left = {number: have - count for number, (count, have) in enumerate(zip(counts, available, strict=True), start=1)}
+    job.log_metrics({f"left_out_{number}": float(rows) for number, rows in left.items()})
+    if any(left.values()):
+        told = ", ".join(f"{rows} of {available[number - 1]} of part {number}" for number, rows in left.items() if rows)
+        job.log.warning("by their shares these rows are left out: %s (`union: true` takes all)", told)
 
 
 def shares(weights: Sequence[float], available: Sequence[int], rows: int | None) -> list[int]:

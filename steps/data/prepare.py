@@ -32,7 +32,10 @@ class PrepareData(StepConfig):
     near_dedup: float | None = Field(default=0.8, gt=0, lt=1)
     """Similarity of word triples from which two rows count as the same; null keeps near duplicates."""
     eval_fraction: float = Field(default=0.05, ge=0, lt=1)
-    """Share of rows held out. Which side a row is on depends on its own text and the seed alone."""
+    """Share of rows held out, by hash and seed. Rows that answer one question (whose messages are the same up to the
+    assistant's first turn) are on the same side."""
+    group: str | None = None
+    """Column that says which rows belong together, a document or an author: they are on the same side, too."""
     limit: int | None = Field(default=None, ge=1)
     """Most rows to keep, chosen by hash."""
     max_tokens: int | None = Field(default=None, ge=1)
@@ -68,7 +71,7 @@ def prepare_data(config: PrepareData, job: Job) -> dict[str, Draft]:
     unique, exact = without_exact(rows)
     distinct, near = (unique, 0) if config.near_dedup is None else without_near(unique, config.near_dedup)
     kept, too_long = _measured(distinct, config, tokenizer)
-    held_out = {one.row.id for one in kept if uniform(config.seed, "side", one.row.id) < config.eval_fraction}
+    held_out = held_out_ids([one.row for one in kept], config.seed, config.eval_fraction)
     sides = {
         "train": [one for one in kept if one.row.id not in held_out],
         "eval": [one for one in kept if one.row.id in held_out],
@@ -79,6 +82,29 @@ def prepare_data(config: PrepareData, job: Job) -> dict[str, Draft]:
     job.log_metrics({**counts, "train": len(sides["train"]), "eval": len(sides["eval"]), **percentiles(kept, unit)})
     job.log_figure(f"{unit}_per_row", _histogram(sides, unit))
     return {name: _write(job, name, part, counts, unit, config.model) for name, part in sides.items()}
+
+
+def held_out_ids(rows: Sequence[Conversation], seed: int, share: float) -> set[str]:
+    """Return the ids of the rows that are held out; what belongs together is held out together.
+
+    Rows hang together by their opening and by their group, directly or through others. The side of each such set
+    depends on the smallest of its ids.
+    """
+    above: dict[str, str] = {}
+
+    def top(name: str) -> str:
+        while (higher := above.setdefault(name, name)) != name:
+            name = above[name] = above[higher]
+        return name
+
+    for row in rows:
+        for name in (f"opening {row.opening}", *([f"group {row.group}"] if row.group is not None else [])):
+            above[top(name)] = top(row.id)
+    sets: dict[str, list[str]] = {}
+    for row in rows:
+        sets.setdefault(top(row.id), []).append(row.id)
+    sides = [ids for ids in sets.values() if uniform(seed, "side", min(ids)) < share]
+    return {one for ids in sides for one in ids}
 
 
 def percentiles(rows: Sequence[Measured], unit: str) -> dict[str, float]:
@@ -121,7 +147,7 @@ def _conversations(config: PrepareData, job: Job) -> Iterator[Conversation]:
     sources = [config.source] if isinstance(config.source, str) else config.source
     for source in sources:
         for row in read_rows(source, job.cache, Path.cwd()):
-            yield conversation(row, source, config.columns, config.system)
+            yield conversation(row, source, config.columns, config.system, config.group)
 
 
 def _measured(

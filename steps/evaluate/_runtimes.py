@@ -1,6 +1,7 @@
 """The runtimes that a model is evaluated in: transformers, GPTQModel and llama.cpp behind one small face."""
 
 import inspect
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float32]
 
 _SPEED_TOKENS = 32
+_log = logging.getLogger("posttrain.evaluate")
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def open_runtime(artifact: Model | Quantized, *, dtype: Dtype, context: int, thr
         UserError: the format has no runtime here, or the runtime refuses the file.
     """
     if isinstance(artifact, Quantized) and artifact.facts.format == "gguf":
-        return LlamaCppRuntime(artifact.gguf_file, context, threads)
+        return LlamaCppRuntime(artifact.gguf_file, context, threads, artifact.facts.stop_token_ids)
     if isinstance(artifact, Quantized) and artifact.facts.format == "gptq":
         model = load_gptq(artifact.path, dtype)
         return TransformersRuntime(model, artifact.path, artifact.facts.stop_token_ids, stand_in=True)
@@ -186,9 +188,13 @@ class TransformersRuntime:
 class LlamaCppRuntime:
     """A GGUF file in llama.cpp; one conversation at a time."""
 
-    def __init__(self, file: Path, context: int, threads: int) -> None:
+    def __init__(self, file: Path, context: int, threads: int, stops: Sequence[int] = ()) -> None:
         self._model = GgufModel(file, context=context, threads=threads)
         self.vocabulary = self._model.vocabulary
+        # What the other runtimes stop on: otherwise an answer's score would tell of that, not of the weights.
+        self._stops = frozenset(stops) or self._model.stop_token_ids
+        if more := sorted(self._model.stop_token_ids - self._stops):
+            _log.warning("%s: llama.cpp itself would stop on tokens %s, too", file.name, more)
 
     def tokenize(self, text: str) -> list[int]:
         """See `Runtime`."""
@@ -203,9 +209,9 @@ class LlamaCppRuntime:
         answers, first, whole, prompt_tokens, decoded = [], 0.0, 0.0, 0, 0
         for prompt in prompts:
             began = time.perf_counter()
-            self._model.generate(prompt, 1)
+            self._model.generate(prompt, 1, self._stops)
             between = time.perf_counter()
-            answer = self._model.generate(prompt, max_tokens)
+            answer = self._model.generate(prompt, max_tokens, self._stops)
             first += between - began
             whole += time.perf_counter() - between
             prompt_tokens += len(prompt)

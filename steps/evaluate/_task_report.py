@@ -50,8 +50,9 @@ def table(content: Mapping[str, Any]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     note = (
-        f"{content['rows']} tasks, verified by `{content['score']}`; in brackets 95 % bootstrap intervals over the "
-        f"tasks; p is that of an exact sign test against {content['reference']}, task by task."
+        f"{content['rows']} tasks, verified by `{content['score']}`; in brackets 95 % intervals over the tasks "
+        f"(Wilson's for one answer a task, else a bootstrap); p is that of an exact sign test against "
+        f"{content['reference']}, task by task, corrected for the number of candidates (Holm)."
     )
     return "\n".join([*lines, "", note, ""])
 

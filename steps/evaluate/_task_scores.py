@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from steps.lm.scoring import bootstrap_interval
+from steps.lm.scoring import share_interval
 from steps.lm.tasks import Rollout, has_passed
 from steps.train.rewards import Scorer
 
@@ -19,6 +19,8 @@ class Solved:
 
     rollouts: Sequence[Rollout]
     right: Sequence[bool]
+    votes: Sequence[str]
+    """What each answer gives, without the prose around it."""
 
     @property
     def share(self) -> float:
@@ -28,8 +30,7 @@ class Solved:
     @property
     def majority(self) -> bool:
         """Whether the most frequent answer is right; of equally frequent ones, the one given first (maj@n)."""
-        answers = [rollout.answer for rollout in self.rollouts]
-        return self.right[answers.index(Counter(answers).most_common(1)[0][0])]
+        return self.right[self.votes.index(Counter(self.votes).most_common(1)[0][0])]
 
 
 Answers = Sequence[Solved]
@@ -40,7 +41,10 @@ def judge(rollouts: Sequence[Sequence[Rollout]], scorer: Scorer, passed: float) 
     """Say which answers are right."""
     flat = scorer([rollout for answers in rollouts for rollout in answers])
     scores = iter(flat)
-    return [Solved(answers, [has_passed(next(scores), passed) for _ in answers]) for answers in rollouts]
+    return [
+        Solved(answers, [has_passed(next(scores), passed) for _ in answers], [*map(scorer.answer_in, answers)])
+        for answers in rollouts
+    ]
 
 
 def metrics_of(answers: Answers, first: Answers | None = None) -> dict[str, float]:
@@ -51,12 +55,12 @@ def metrics_of(answers: Answers, first: Answers | None = None) -> dict[str, floa
         first: those of the candidate that it is tested against.
 
     Returns:
-        `accuracy` (pass@1, the mean over tasks) with its 95 % bootstrap interval `accuracy_low` and `accuracy_high`,
+        `accuracy` (pass@1, the mean over tasks) with its 95 % interval `accuracy_low` and `accuracy_high`,
         `majority` where tasks have several answers, `mean_tokens`, `truncated` (share of answers), and `p_value` of
         being no different from the first.
     """
     shares = [each.share for each in answers]
-    low, high = bootstrap_interval(shares)
+    low, high = share_interval(shares)
     every = [rollout for each in answers for rollout in each.rollouts]
     metrics = {"accuracy": sum(shares) / len(shares), "accuracy_low": low, "accuracy_high": high}
     if len(every) > len(answers):
@@ -66,6 +70,25 @@ def metrics_of(answers: Answers, first: Answers | None = None) -> dict[str, floa
     if first is not None:
         metrics["p_value"] = sign_test([each.share for each in first], shares)
     return {name: round(value, _DIGITS) if name != "p_value" else value for name, value in metrics.items()}
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for that several were looked at (Holm 1979, https://www.jstor.org/stable/4615733)."""
+    order = sorted(range(len(values)), key=lambda index: values[index])
+    found, largest = [0.0] * len(values), 0.0
+    for place, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(values) - place) * values[index]))
+        found[index] = largest
+    return found
+
+
+def corrected(measured: Mapping[str, Mapping[int | None, dict[str, float]]]) -> None:
+    """Correct the p-values of candidates at the same budget for how many there are, in place."""
+    budgets = dict.fromkeys(budget for own in measured.values() for budget in own)
+    for budget in budgets:
+        tested = [own[budget] for own in measured.values() if "p_value" in own.get(budget, {})]
+        for metrics, value in zip(tested, holm([metrics["p_value"] for metrics in tested]), strict=True):
+            metrics["p_value"] = value
 
 
 def sign_test(before: Sequence[float], after: Sequence[float]) -> float:

@@ -73,7 +73,7 @@ class EvaluateTasks(Sampling):
 def evaluate_tasks(config: EvaluateTasks, job: Job) -> Draft:
     """Let one candidate after the other answer at each budget; write rows, summary, table, figures."""
     from steps.evaluate._task_report import draw, summary, table
-    from steps.evaluate._task_scores import judge, metrics_of, task_rows
+    from steps.evaluate._task_scores import corrected, judge, metrics_of, task_rows
     from steps.lm.rows import write_jsonl
     from steps.lm.tasks import read_tasks
 
@@ -94,6 +94,7 @@ def evaluate_tasks(config: EvaluateTasks, job: Job) -> Draft:
         name: {budget: metrics_of(each, first[budget] if name != names[0] else None) for budget, each in own.items()}
         for name, own in found.items()
     }
+    corrected(measured)
     content = summary(config.verifier.label, len(tasks), config.samples, last, measured)
     write_jsonl(out / "rows.jsonl", (row for name in names for row in task_rows(name, last, found[name][last])))
     others = [(name, budget) for name in names for budget in config.budgets[:-1]]

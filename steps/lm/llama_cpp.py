@@ -5,7 +5,7 @@ Source: https://github.com/ggml-org/llama.cpp/blob/master/include/llama.h throug
 
 import ctypes
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -129,15 +129,21 @@ class GgufModel:
         ]
         return np.concatenate(parts) if parts else np.empty((0, self.vocabulary), np.float32)
 
-    def generate(self, ids: Sequence[int], max_tokens: int) -> list[int]:
-        """Continue a prompt greedily until a stop token, which is left out, or `max_tokens` or a full context."""
+    def generate(self, ids: Sequence[int], max_tokens: int, stops: Collection[int] = ()) -> list[int]:
+        """Continue a prompt greedily until a stop token, which is left out, or `max_tokens` or a full context.
+
+        Args:
+            ids: the prompt.
+            max_tokens: longest answer.
+            stops: tokens that end it; without any, those at which llama.cpp itself would end it.
+        """
         answer: list[int] = []
         if not ids or max_tokens < 1:
             return answer
         row = self.logits(ids, start=len(ids) - 1)
         while True:
             token = int(row[-1].argmax())
-            if self._api.llama_vocab_is_eog(self._vocab, token):
+            if token in stops if stops else self._api.llama_vocab_is_eog(self._vocab, token):
                 return answer
             answer.append(token)
             if len(answer) == max_tokens or len(ids) + len(answer) >= self.context:

@@ -56,7 +56,10 @@ class RewardScorer:
         """
         if self.is_process:
             return [math.prod(scores) if scores else 0.0 for scores in self.step_scores(rollouts)]
-        rows = [answer_ids(self.tokenizer, each.task.prompt, each.text, self._stops) for each in rollouts]
+        rows = [
+            answer_ids(self.tokenizer, each.task.prompt, each.text, self._stops, finished=not each.truncated)
+            for each in rollouts
+        ]
         logits = self._logits(rows)
         return [float(each.item()) for each in logits]
 
@@ -101,12 +104,22 @@ class RewardScorer:
 
 
 def answer_ids(
-    tokenizer: "PreTrainedTokenizerFast", prompt: Sequence[Message], answer: str, stops: Sequence[int]
+    tokenizer: "PreTrainedTokenizerFast",
+    prompt: Sequence[Message],
+    answer: str,
+    stops: Sequence[int],
+    *,
+    finished: bool = True,
 ) -> list[int]:
-    """Return the tokens of prompt and answer up to the answer's stop token, which is where an outcome is scored."""
+    """Return the tokens of prompt and answer up to the answer's stop token, which is where an outcome is scored.
+
+    An answer that is not finished was cut off: it has no stop token, and is scored at its last one.
+    """
     messages = [*prompt, {"role": "assistant", "content": answer}]
     rendered = conversation(tokenizer, messages, stops, only_last=True)
-    return rendered.ids[: rendered.turns[-1].stop]
+    turn = rendered.turns[-1]
+    ends = finished or turn.stop <= turn.start or rendered.ids[turn.stop - 1] not in set(stops)
+    return rendered.ids[: turn.stop if ends else turn.stop - 1]
 
 
 def split_steps(text: str, separator: str) -> list[str]:

@@ -62,6 +62,24 @@ def exact_match(expected: str, answer: str) -> float:
     return float(expected.strip() == answer.strip())
 
 
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share seen in `count` trials (Wilson 1927, https://doi.org/10.2307/2276774).
+
+    Unlike a bootstrap's it has a width where all trials ended alike: of 8 right in 8 it says 68 % to 100 %.
+    """
+    z = 1.959963984540054
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * np.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
+
+
+def share_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of a mean of shares, one a task: Wilson's where each is 0 or 1, or all are the same."""
+    if set(values) <= {0, 1} or len(set(values)) == 1:
+        return wilson_interval(sum(values) / len(values), len(values))
+    return bootstrap_interval(values)
+
+
 def bootstrap_interval(
     values: Sequence[float], weights: Sequence[float] | None = None, *, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float]:

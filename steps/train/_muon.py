@@ -6,21 +6,26 @@ from typing import Any
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
+_HEADS = {"score", "classifier", "lm_head", "v_head"}
+"""What transformers and TRL call the last layer: of a reward model no method names it."""
+
 
 def muon_for(model: Any, rate: float, weight_decay: float) -> "MuonWithAdamW":
     """Divide a model's trained weights between the two (https://kellerjordan.github.io/posts/muon/).
 
-    Muon gets the matrices between hidden layers. AdamW gets embeddings, the output layer and vectors; vectors (norms,
-    biases, DoRA's magnitudes) are not decayed.
+    Muon gets the matrices between hidden layers. AdamW gets embeddings, the output layer, heads and vectors;
+    vectors (norms, biases, DoRA's magnitudes) are not decayed.
     """
     output = model.get_output_embeddings()
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)] + ([output] if output else [])
+    heads = [module for name, module in model.named_modules() if _HEADS & set(name.split("."))]
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    tables = [*embeddings, *heads, *([output] if output else [])]
     apart = {id(parameter) for table in tables for parameter in table.parameters()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [each for each in trained if each.ndim == 2 and id(each) not in apart]
-    embeddings = [each for each in trained if each.ndim >= 2 and (each.ndim > 2 or id(each) in apart)]
+    others = [each for each in trained if each.ndim >= 2 and (each.ndim > 2 or id(each) in apart)]
     vectors = [each for each in trained if each.ndim < 2]
-    return MuonWithAdamW(matrices, embeddings, vectors, rate, weight_decay)
+    return MuonWithAdamW(matrices, others, vectors, rate, weight_decay)
 
 
 class MuonWithAdamW(Optimizer):

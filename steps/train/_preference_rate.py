@@ -46,4 +46,6 @@ def _log_probabilities(model: "PreTrainedModel", rows: Sequence[tuple[list[int],
     mask = padded([[1] * len(prompt + answer) for prompt, answer in rows])
     of_answer = padded([[0] * len(prompt) + [1] * len(answer) for prompt, answer in rows])
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    return (selective_log_softmax(logits[:, :-1], ids[:, 1:]).float() * of_answer[:, 1:]).sum(1)
+    # Row by row in float32: the difference of two long answers is smaller than what bfloat16 rounds.
+    found = [selective_log_softmax(each.float(), own) for each, own in zip(logits[:, :-1], ids[:, 1:], strict=True)]
+    return (torch.stack(found) * of_answer[:, 1:]).sum(1)

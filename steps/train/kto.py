@@ -75,17 +75,21 @@ def rated_table(answers: Sequence[Rated], batch_size: int, seed: int) -> "Table"
     """Return the columns that TRL's KTO takes, in the order in which it will read them.
 
     `KL_completion_ids` is the answer of the row before in the same batch, which goes round: from such mismatched pairs
-    KTO estimates how far the model is from its reference. So the batches are fixed, and mixed once, here.
+    KTO estimates how far the model is from its reference. So the batches are fixed, and mixed once, here. A row that is
+    alone in its batch takes the answer of the row before that.
     """
     from datasets import Dataset as Table
 
     mixed = random.Random(seed).sample(answers, len(answers))
     batches = [mixed[start : start + batch_size] for start in range(0, len(mixed), batch_size)]
+    before = [batch[index - 1] for batch in batches for index in range(len(batch))]
+    if batches and len(batches[-1]) == 1:
+        before[-1] = mixed[len(mixed) - 2]
     return Table.from_dict(
         {
             "prompt_ids": [each.prompt for each in mixed],
             "completion_ids": [each.answer for each in mixed],
-            "KL_completion_ids": [batch[index - 1].answer for batch in batches for index in range(len(batch))],
+            "KL_completion_ids": [each.answer for each in before],
             "label": [each.liked for each in mixed],
         }
     )

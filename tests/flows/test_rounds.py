@@ -205,3 +205,16 @@ def test_a_loop_runs_and_goes_on_where_it_ended(write: Callable[[str, str], Path
     assert len(set(tuned_digests)) == 3
     (member,) = command("show", "loop", "--json").json["releases"][-1]["members"]
     assert (member["name"], member["digest"]) == ("loop", tuned_digests[-1])
+
+
+def test_a_name_that_may_be_a_round_or_a_member_is_refused(loop: Loop) -> None:
+    """A step of the group has a member 2, as the group has a round 2."""
+    ranks = ("max_steps: 4}", "max_steps: 4, matrix: {adapter.rank: [2, 8]}}")
+    merged = ("{uses: merge.adapter, adapter: tuned}", '{uses: merge.adapter, adapter: "tuned[2]"}')
+    best = ("  quality:", '  best: {uses: merge.adapter, adapter: "tuned[2]"}\n  quality:')
+    assert loop(ranks, merged), "inside the group it is the member of the same round"
+    said = refusal(loop, ranks, merged, best)
+    assert "steps.best.adapter: `tuned[2]` may mean the member 2 of every round, or round 2" in said
+    assert "write `tuned[ROUND,2]` or `tuned[2,MEMBER]`" in said
+    assert loop(ranks, merged, (best[0], best[1].replace("tuned[2]", "tuned[3,2]")))
+    assert loop(ranks, merged, (best[0], best[1].replace("tuned[2]", "tuned[8]")))

@@ -116,3 +116,77 @@ def test_a_lower_bound_leaves_a_loss_its_own_upper_one(settings: dict[str, Any],
 def test_a_reward_that_asks_a_model_is_refused_without_it(settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         TrainGrpo.model_validate({**SETTINGS, **settings})
+
+
+def test_a_row_alone_in_its_batch_is_paired_with_anothers_answer() -> None:
+    from steps.train._preference_tokens import Rated
+    from steps.train.kto import rated_table
+
+    rated = [Rated(prompt=[1], answer=[number], liked=True) for number in range(9)]
+    table: Any = rated_table(rated, batch_size=4, seed=0)
+    assert len(table) == 9
+    assert all(row["KL_completion_ids"] != row["completion_ids"] for row in table)
+
+
+def test_a_reward_models_head_is_not_muons() -> None:
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    from steps.train._muon import muon_for
+
+    config: Any = LlamaConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config.vocab_size, config.num_labels = 11, 3
+    model: Any = LlamaForSequenceClassification(config)
+    muons = {id(each) for each in muon_for(model, 1e-3, 0.1).param_groups[0]["params"]}
+    assert id(model.score.weight) not in muons
+    assert id(model.model.layers[0].mlp.up_proj.weight) in muons
+
+
+def test_which_answer_is_preferred_is_not_rounded_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits in bfloat16 whose log-probabilities differ by less than bfloat16 can hold."""
+    import torch
+
+    from steps.train._preference_rate import log_probability_margins
+    from steps.train._preference_tokens import Pair
+
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(50, 50, generator=generator).bfloat16()
+
+    class Bigrams(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, input_ids: Any, **_: Any) -> Any:
+            return SimpleNamespace(logits=table[input_ids])
+
+    ids = torch.randint(50, (300, 2, 40), generator=generator).tolist()
+    pairs = [Pair(prompt=[1], chosen=chosen, rejected=rejected) for chosen, rejected in ids]
+    found = log_probability_margins(Bigrams(), pairs)  # pyright: ignore[reportArgumentType]
+    exact = table.double().log_softmax(-1)
+
+    def sum_of(answer: list[int]) -> float:
+        return sum(exact[left, right].item() for left, right in zip([1, *answer], answer, strict=False))
+
+    wanted = [sum_of(chosen) - sum_of(rejected) for chosen, rejected in ids]
+    assert max(abs(one - other) for one, other in zip(found, wanted, strict=True)) < 1e-4
+
+
+def test_an_answer_that_was_cut_off_is_scored_without_an_end(pico: Any) -> None:
+    from steps.lm.checkpoint import load_tokenizer
+    from steps.lm.reward_model import answer_ids
+
+    tokenizer, stops = load_tokenizer(pico.path), pico.facts.stop_token_ids
+    prompt = [{"role": "user", "content": "What is it?"}]
+    whole = answer_ids(tokenizer, prompt, "forty-two", stops)
+    assert whole[-1] in stops
+    assert answer_ids(tokenizer, prompt, "forty-two", stops, finished=False) == whole[:-1]
+
+
+def test_an_answer_without_an_end_may_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    from steps.train.rewards import Models
+
+    tools = Models()
+    monkeypatch.setattr(Models, "reward_scores", lambda _, rollouts: [5.0] * len(rollouts))
+    answers = [rollout("done"), replace(rollout("not do"), truncated=True)]
+    for settings, wanted in (({}, [5.0, 5.0]), ({"missing_end": -1.0}, [5.0, -1.0])):
+        assert Scorer(READ.validate_python({"kind": "reward_model", **settings}), tools)(answers) == wanted

@@ -95,3 +95,19 @@ def test_more_rows_than_there_are_is_refused(bench: Bench, thoughts: Dataset, pl
 def test_a_list_of_another_length_is_refused_at_plan_time(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         load_kind("data.mix").config.model_validate({"parts": ["one", "two"], **settings})
+
+
+def test_a_union_takes_every_row_once_and_a_mix_says_what_it_left_out(
+    bench: Bench, thoughts: Dataset, plain: Dataset
+) -> None:
+    lone = publish(bench, Dataset, "lone", [row(999, "Only I.", "lone")], DatasetFacts(rows=1))
+    joined = bench.run("data.mix", {"parts": [thoughts, lone, thoughts]}, union=True)[""]
+    ids = [each["id"] for each in rows_of(joined)]
+    assert sorted(ids) == sorted({each["id"] for each in [*rows_of(thoughts), *rows_of(lone)]})
+    cut = bench.run("data.mix", {"parts": [plain, lone]})[""]
+    assert len(rows_of(cut)) == 2
+    assert bench.last and bench.last.metrics["left_out_1"] == 39
+    log = (bench.root / "work" / cut.manifest.key[:16] / "log.txt").read_text()
+    assert "these rows are left out: 39 of 40 of part 1 (`union: true` takes all)" in log
+    with pytest.raises(ValidationError, match="union: it takes every row"):
+        load_kind("data.mix").config.model_validate({"parts": ["a", "b"], "union": True, "rows": 3})

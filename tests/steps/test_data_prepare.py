@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from steps.data._conversations import Conversation
 from steps.data._duplicates import bands, shingles
+from steps.data._hashing import uniform
+from steps.data.prepare import held_out_ids
 from steps.lm.checkpoint import load_tokenizer
 from steps.lm.rows import read_jsonl
 
@@ -203,3 +206,37 @@ def test_bad_input_is_refused_with_the_file(bench: Any, write: Write, tmp_path: 
 def test_all_rows_too_long_is_said(bench: Any, pico: Any, jsonl: Any) -> None:
     message = refusal(bench, jsonl(pairs(3)), model=pico, max_tokens=5)
     assert re.search(r"no rows are left of the 3 read; all 3 are longer than max_tokens: 5", message)
+
+
+def test_answers_to_one_question_are_on_one_side(bench: Any, jsonl: Callable[[Sequence[Row]], str]) -> None:
+    """Four answers each: none of the questions is both learned and asked in the exam."""
+    rows = [
+        {"question": f"What is {sentence(number, 4)}?", "answer": f"{try_} {sentence(number + 400 * try_)}"}
+        for number in range(100)
+        for try_ in range(4)
+    ]
+    train, held_out = prepared(bench, jsonl(rows), near_dedup=None, eval_fraction=0.3)
+    assert len(train) + len(held_out) == 400
+    asked = [{row["messages"][0]["content"] for row in side} for side in (train, held_out)]
+    assert not asked[0] & asked[1]
+    assert 15 < len(asked[1]) < 45
+
+
+def test_what_a_column_puts_together_is_on_one_side(bench: Any, jsonl: Callable[[Sequence[Row]], str]) -> None:
+    """Also through others: one question stands in two documents, so that both are on its side."""
+    rows = [{**row, "doc": index // 10} for index, row in enumerate(pairs(100))]
+    bridge = {"question": rows[0]["question"], "answer": "something else", "doc": 9}
+    train, held_out = prepared(bench, jsonl([*rows, bridge]), near_dedup=None, eval_fraction=0.4, group="doc")
+    side_of = {row["messages"][0]["content"]: number for number, side in enumerate((train, held_out)) for row in side}
+    sides = [{side_of[row["question"]] for row in rows[start : start + 10]} for start in range(0, 100, 10)]
+    assert all(len(found) == 1 for found in sides)
+    assert sides[0] == sides[9]
+    assert held_out and train
+    assert "dok" in refusal(bench, jsonl(rows), group="dok")
+
+
+def test_where_every_question_is_asked_once_the_sides_are_by_row(bench: Any) -> None:
+    rows = [Conversation((("user", f"{n}?"), ("assistant", str(n))), "test", "test") for n in range(50)]
+    alone = {row.id for row in rows if uniform(3, "side", row.id) < 0.3}
+    assert held_out_ids(rows, 3, 0.3) == alone
+    assert held_out_ids(list(reversed(rows)), 3, 0.3) == alone

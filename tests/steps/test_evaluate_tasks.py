@@ -9,10 +9,12 @@ import pytest
 from scipy.stats import binomtest
 
 from steps.artifacts import Report
-from steps.evaluate._task_scores import Solved, metrics_of, sign_test
+from steps.evaluate._task_scores import Solved, corrected, holm, judge, metrics_of, sign_test
 from steps.lm.rows import read_jsonl
-from steps.lm.scoring import bootstrap_interval
+from steps.lm.scoring import bootstrap_interval, share_interval, wilson_interval
 from steps.lm.tasks import Rollout, Task
+from steps.train.rewards import REWARDS, Scorer
+from steps.train.rewards._answers import number_in, stated_answer
 from tests.conftest import Bench
 from tests.steps.conftest import solved
 
@@ -148,17 +150,44 @@ def test_bad_settings_are_refused_before_the_run(settings: dict[str, Any], said:
         EvaluateTasks.model_validate({"candidates": ["sft"], "data": "data.eval", **settings})
 
 
-def answered(*answers: str) -> Solved:
+def answered(*answers: str, kind: str = "numeric") -> Solved:
     task = Task("t", ({"role": "user", "content": "?"},), "42", "test")
-    rollouts = [Rollout(task, text, 3) for text in answers]
-    return Solved(rollouts, [text == "42" for text in answers])
+    scorer = Scorer(REWARDS[kind].spec.model_validate({"kind": kind}))
+    return judge([[Rollout(task, text, 3) for text in answers]], scorer, 1.0)[0]
 
 
 def test_majority_and_sign_test_by_hand() -> None:
     assert answered("1", "42", "42").majority
     assert not answered("1", "42").majority, "of equally frequent answers the first"
+    prose = ("It is 42.", "So we get 42.0 in the end", "1", "1", "Clearly, the answer is 42")
+    assert answered(*prose).majority, "they vote by what they say, not by how"
+    assert not answered("42", "41", "41 is it").majority
+    boxed = ("thus \\boxed{7} of 42", "I find \\boxed{7}, not 42", "42")
+    assert answered(*boxed, kind="math_verify").votes == ["7", "7", "42"]
+    assert stated_answer("<answer> x + 1 </answer> done") == "x + 1"
+    assert number_in("no number") == "no number"
     first, second = [answered("1")] * 8 + [answered("42")] * 2, [answered("42")] * 10
     assert sign_test([each.share for each in first], [each.share for each in second]) == pytest.approx(2 * 0.5**8)
     assert sign_test([0.5, 1], [0.5, 1]) == 1
     assert metrics_of(second, first)["p_value"] == pytest.approx(2 * 0.5**8)
     assert "majority" not in metrics_of(second)
+
+
+def test_where_all_are_right_the_interval_still_has_a_width() -> None:
+    """Eight of eight; the figures are Wilson's, by hand: n / (n + z²)."""
+    metrics = metrics_of([answered("42")] * 8)
+    assert metrics["accuracy_high"] == 1
+    assert metrics["accuracy_low"] == pytest.approx(8 / (8 + 1.959964**2), abs=1e-5)
+    low, high = wilson_interval(0.5, 10)
+    assert (low, high) == (pytest.approx(0.2366, abs=1e-4), pytest.approx(0.7634, abs=1e-4))
+    assert share_interval([0.5] * 9) == wilson_interval(0.5, 9)
+    assert share_interval([0.25, 0.5, 0.75] * 4) == bootstrap_interval([0.25, 0.5, 0.75] * 4)
+
+
+def test_p_values_are_corrected_for_how_many_were_looked_at() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+    values = {"a": {"accuracy": 1.0}, "b": {"p_value": 0.02}, "c": {"p_value": 0.03}}
+    measured: dict[str, dict[int | None, dict[str, float]]] = {name: {None: each} for name, each in values.items()}
+    corrected(measured)
+    assert [measured[name][None]["p_value"] for name in ("b", "c")] == [0.04, 0.04]

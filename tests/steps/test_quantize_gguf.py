@@ -81,6 +81,9 @@ def test_it_generates_what_its_logits_say_and_stops(q8: Quantized, pico: Any) ->
         greedy = file.logits(prompt + answer).argmax(-1)[len(prompt) - 1 : -1]
         assert list(greedy[: len(answer)]) == answer
         assert file.stop_token_ids.isdisjoint(answer)
+        # What it stops on is what it is told, as the other runtimes: not what it knows by text.
+        assert file.generate(prompt, 12, stops=[answer[2]]) == answer[: answer.index(answer[2])]
+        assert len(file.generate(prompt, 12, stops=[file.vocabulary + 1])) == 12
         assert file.detokenize(prompt) == "    def __init__(self"
         assert len(file.generate(prompt, 1000)) <= 64 - len(prompt)
         with pytest.raises(ValueError, match="do not fit"):

@@ -18,6 +18,10 @@ _NUMBER = re.compile(
 )
 
 
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+
+
 @reward(reference="https://arxiv.org/abs/2501.12948")
 def exact(rollouts: Sequence[Rollout], *, ignore_case: bool = False) -> Sequence[float]:
     """1 where the answer is the reference (white space at the ends aside), else 0.
@@ -34,7 +38,21 @@ def exact(rollouts: Sequence[Rollout], *, ignore_case: bool = False) -> Sequence
     return [float(same(rollout)) for rollout in rollouts]
 
 
-@reward(reference="https://arxiv.org/abs/2110.14168")
+def stated_answer(text: str) -> str:
+    """Return what a text gives as its answer: in `<answer>` tags, in the last `\\boxed{}`, its last number, or all."""
+    for pattern in (_TAGGED, _BOXED):
+        if found := pattern.findall(text):
+            text = found[-1]
+    return number_in(text) if last_number(text) is not None else text.strip()
+
+
+def number_in(text: str) -> str:
+    """Return the last number in a text as equal numbers are written alike; the text where there is none."""
+    found = last_number(text)
+    return text.strip() if found is None else f"{found.normalize():f}"
+
+
+@reward(reference="https://arxiv.org/abs/2110.14168", answer_in=number_in)
 def numeric(
     rollouts: Sequence[Rollout],
     *,

@@ -10,14 +10,24 @@ from steps.train.rewards._reward import Tools, reward
 
 
 @reward(reference="https://arxiv.org/abs/2203.02155")
-def reward_model(rollouts: Sequence[Rollout], *, models: Tools) -> Sequence[float]:
+def reward_model(
+    rollouts: Sequence[Rollout],
+    *,
+    missing_end: Annotated[float, Field(allow_inf_nan=False)] | None = None,
+    models: Tools,
+) -> Sequence[float]:
     """What the step's `reward_model` gives: a number without bounds, higher for what people preferred.
 
     Args:
         rollouts: sampled answers.
+        missing_end: what an answer gets that ran out of tokens, in place of its score: a model that scores finished
+            answers says little of a beginning. By default it is scored as it stands.
         models: the step's models.
     """
-    return models.reward_scores(rollouts)
+    scores = models.reward_scores(rollouts)
+    if missing_end is None:
+        return scores
+    return [missing_end if each.truncated else score for each, score in zip(rollouts, scores, strict=True)]
 
 
 @reward(reference="https://arxiv.org/abs/2306.05685")

@@ -71,6 +71,8 @@ class RewardKind:
     reference: str
     needs_tools: str | None
     """Name of the parameter that takes the step's models; None where it takes none."""
+    answer_in: Callable[[str], str] = str.strip
+    """Takes from an answer's text what is judged, as answers are told apart where several vote (maj@n)."""
 
     @property
     def summary(self) -> str:
@@ -87,12 +89,15 @@ class RewardKind:
 REWARDS: dict[str, RewardKind] = {}
 
 
-def reward(*, reference: str = "", check: Check | None = None) -> Callable[[RewardFunction], RewardFunction]:
+def reward(
+    *, reference: str = "", check: Check | None = None, answer_in: Callable[[str], str] = str.strip
+) -> Callable[[RewardFunction], RewardFunction]:
     """Register the decorated function as a reward under its own name, its keyword parameters as recipe keys.
 
     Args:
         reference: the paper or page that it follows.
         check: called with the validated settings; raises ValueError where they do not fit together.
+        answer_in: see `RewardKind`.
     """
 
     def register(function: RewardFunction) -> RewardFunction:
@@ -113,7 +118,7 @@ def reward(*, reference: str = "", check: Check | None = None) -> Callable[[Rewa
         spec = create_model(
             _class_name(name), __base__=RewardSpec, __doc__=summary, __validators__=validators, **fields
         )
-        REWARDS[name] = RewardKind(name, function, spec, reference, tools)
+        REWARDS[name] = RewardKind(name, function, spec, reference, tools, answer_in)
         return function
 
     return register
@@ -132,6 +137,10 @@ class Scorer:
         self.weight = spec.weight
         self._function = kind.function
         self._settings: Mapping[str, Any] = settings
+
+    def answer_in(self, rollout: Rollout) -> str:
+        """Return what is judged of an answer, without the prose around it."""
+        return REWARDS[self.kind].answer_in(rollout.answer)
 
     def asks_the_same_as(self, other: "Scorer") -> bool:
         """Whether both give the same to the same answers, whatever they are called and weigh."""

@@ -7,14 +7,14 @@ from pydantic import Field
 
 from steps.frame.errors import UserError
 from steps.lm.tasks import Rollout
-from steps.train.rewards._answers import place
+from steps.train.rewards._answers import place, stated_answer
 from steps.train.rewards._reward import reward
 from steps.train.rewards._sandbox import verified
 
 Seconds = Annotated[float, Field(gt=0, le=600)]
 
 
-@reward(reference="https://github.com/huggingface/Math-Verify")
+@reward(reference="https://github.com/huggingface/Math-Verify", answer_in=stated_answer)
 def math_verify(rollouts: Sequence[Rollout], *, seconds: Seconds = 5.0) -> Sequence[float]:
     """1 where the answer is mathematically equal to the reference, in LaTeX or plain; else 0.
 
@@ -28,7 +28,7 @@ def math_verify(rollouts: Sequence[Rollout], *, seconds: Seconds = 5.0) -> Seque
     return verified("math_verify", asked, seconds)
 
 
-@reward(reference="https://arxiv.org/abs/2505.24760")
+@reward(reference="https://arxiv.org/abs/2505.24760", answer_in=stated_answer)
 def reasoning_gym(rollouts: Sequence[Rollout], *, partial: bool = True, seconds: Seconds = 5.0) -> Sequence[float]:
     """What the task's own verifier in reasoning-gym gives, 0 to 1; for rows of a source `reasoning-gym://NAME`.
 
