@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic.fields import FieldInfo
 from rich.table import Table
 from rich.text import Text
 
+from flows.cli.yaml_words import example_of, type_in_words, yaml_value
 from flows.plan import Plan
 from flows.units import duration, size
 from registry.members import Family
@@ -83,10 +85,15 @@ def kinds_table(kinds: Sequence[StepKind]) -> Table:
 def kind_table(kind: StepKind) -> Table:
     """Draw the keys of one step kind."""
     row = describe_kind(kind)
-    table = _table("key", "type", "default", "meaning", title=f"{kind.name}: {kind.summary}", caption=kind.reference)
+    table = _table("key", "type", "default", "meaning", title=f"{kind.name}: {kind.summary}", caption=_below(row))
     for name, key in row["keys"].items():
         table.add_row(Text(name, style="bold"), key["type"], key["default"], key["meaning"])
     return table
+
+
+def _below(row: Mapping[str, Any]) -> Text:
+    """What stands below the keys of a kind: how it is written, and where it comes from."""
+    return Text(f"NAME: {row['example']}\n{row['reference']}")
 
 
 def describe_kind(kind: StepKind) -> dict[str, Any]:
@@ -98,21 +105,19 @@ def describe_kind(kind: StepKind) -> dict[str, Any]:
         extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
         if "names_of" in extra:
             continue
-        default = (
-            "required"
-            if info.is_required()
-            else str(extra.get("follows") or info.get_default(call_default_factory=True))
-        )
-        taken = " | ".join(each.kind for each in edge.kinds) + (" ..." if edge.many else "") if edge else ""
-        annotation = getattr(info.annotation, "__name__", None) if not hasattr(info.annotation, "__args__") else None
+        follows = extra.get("follows")
+        default = "required" if info.is_required() else str(follows) if follows else _default_of(info)
+        taken = " | ".join(each.kind for each in edge.kinds) if edge else ""
+        step = f"step that gives {taken}"
         keys[name] = {
-            "type": taken or annotation or str(info.annotation).replace("typing.", ""),
+            "type": (f"[{step}, ...]" if edge.many else step) if edge else type_in_words(info.annotation),
             "default": default,
             "meaning": " ".join((info.description or "").split()),
         }
     return {
         "uses": kind.name,
         "summary": kind.summary,
+        "example": example_of(kind),
         "reference": kind.reference,
         "inputs": {
             name: {"kinds": [k.kind for k in edge.kinds], "many": edge.many} for name, edge in kind.edges.items()
@@ -120,6 +125,10 @@ def describe_kind(kind: StepKind) -> dict[str, Any]:
         "outputs": {name: " | ".join(each.kind for each in kinds) for name, kinds in kind.outputs.items()},
         "keys": keys,
     }
+
+
+def _default_of(info: FieldInfo) -> str:
+    return yaml_value(info.get_default(call_default_factory=True))
 
 
 def status_tables(found: Mapping[str, Any]) -> list[Table]:
@@ -141,7 +150,7 @@ def status_tables(found: Mapping[str, Any]) -> list[Table]:
     return [services, deployments, runs]
 
 
-def _table(*columns: str, title: str | None = None, caption: str | None = None) -> Table:
+def _table(*columns: str, title: str | None = None, caption: str | Text | None = None) -> Table:
     table = Table(*columns, box=None, padding=(0, 2, 0, 0), title=title, caption=caption, header_style="dim")
     table.title_justify = table.caption_justify = "left"
     return table
