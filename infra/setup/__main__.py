@@ -19,7 +19,7 @@ from typing import Any
 from infra.setup.llama_cpp import Builder
 from infra.setup.packages import LOCK as LOCK_NAME
 from infra.setup.packages import installed_files, locked, own_conflicts
-from infra.setup.stages import Log, StageFailed, Stages
+from infra.setup.stages import Log, StageFailed, Stages, interruption
 from steps.runtime.processor import this_processor
 
 ROOT = Path.cwd()
@@ -77,10 +77,7 @@ def _set_up(stages: Stages) -> None:
 def _alone() -> Iterator[None]:
     """Keep other set-ups of this checkout waiting, and end like Ctrl-C where somebody else ends this one."""
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, interruption) for number in interruption.SIGNALS}
     place = os.open(ROOT, os.O_RDONLY)
     try:
         fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)

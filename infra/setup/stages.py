@@ -68,6 +68,42 @@ class Stages:
                 print(f"\r\033[K{shown}", end="", flush=True)
 
 
+class Interruption:
+    """Ctrl-C, or a signal by which somebody ends set-up: it waits where a command has begun and nobody knows of it."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self._held = 0
+        self._came = False
+
+    def __call__(self, *_: object) -> None:
+        """Handle the signal.
+
+        Raises:
+            KeyboardInterrupt: at once, unless it is held.
+        """
+        if not self._held:
+            raise KeyboardInterrupt
+        self._came = True
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold it for the length of the context, at whose end it comes."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+            if self._came and not self._held:
+                self._came = False
+                raise KeyboardInterrupt
+
+
+interruption = Interruption()
+"""Handles the signals of this process while it sets up."""
+
+
 class Running:
     """The commands that run now, so that they can be ended together."""
 
@@ -82,27 +118,30 @@ class Running:
         Raises:
             StageFailed: everything was stopped.
         """
-        with self._lock:
-            if self.stopped:
-                raise StageFailed("stopped")
-            process = subprocess.Popen(
-                words,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-            self._processes.add(process)
+        process = None
         try:
+            with self._lock, interruption.held():
+                if self.stopped:
+                    raise StageFailed("stopped")
+                process = subprocess.Popen(
+                    words,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
+                self._processes.add(process)
             return process.wait()
         except BaseException:
-            _end(process)
-            process.wait()
+            if process is not None:
+                _end(process)
+                process.wait()
             raise
         finally:
-            with self._lock:
-                self._processes.discard(process)
+            if process is not None:
+                with self._lock:
+                    self._processes.discard(process)
 
     def stop(self) -> None:
         """End every command with its children, and let none begin."""

@@ -93,8 +93,8 @@ def held_out_ids(rows: Sequence[Conversation], seed: int, share: float) -> set[s
     above: dict[str, str] = {}
 
     def top(name: str) -> str:
-        while (higher := above.setdefault(name, name)) != name:
-            name = above[name] = above[higher]
+        while above.setdefault(name, name) != name:
+            name = above[name]
         return name
 
     for row in rows:

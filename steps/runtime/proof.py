@@ -6,7 +6,6 @@ the runtime and returns figures or words about it. Heavy imports stand inside th
 
 import importlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import pkgutil
@@ -19,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from hashlib import sha256
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Literal
 
@@ -229,18 +229,13 @@ def _version(distribution: str) -> str:
 
 def _extensions(module: str) -> list[Path]:
     """Return the native libraries of a module: itself, where it is one, or those in its package."""
-    try:
-        found = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        return []
+    found = PathFinder.find_spec(module)
     places = [Path(place) for place in (found.submodule_search_locations or [])] if found else []
     own = [Path(found.origin)] if found and found.origin and found.origin.endswith(".so") else []
     return own + [path for place in places for path in place.rglob("*.so")]
 
 
 def _folders(module: str) -> list[Path]:
-    try:
-        found = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        return []
+    # Not by what is loaded: a package that is hidden from this process, or was loaded from elsewhere, counts as well.
+    found = PathFinder.find_spec(module)
     return [Path(place) for place in (found.submodule_search_locations or [])] if found else []

@@ -209,7 +209,7 @@ def test_a_loop_runs_and_goes_on_where_it_ended(write: Callable[[str, str], Path
 
 def test_a_name_that_may_be_a_round_or_a_member_is_refused(loop: Loop) -> None:
     """A step of the group has a member 2, as the group has a round 2."""
-    ranks = ("max_steps: 4}", "max_steps: 4, matrix: {adapter.rank: [2, 8]}}")
+    ranks = ("max_steps: 4}", "max_steps: 4, matrix: {seed: [2, 8]}}")
     merged = ("{uses: merge.adapter, adapter: tuned}", '{uses: merge.adapter, adapter: "tuned[2]"}')
     best = ("  quality:", '  best: {uses: merge.adapter, adapter: "tuned[2]"}\n  quality:')
     assert loop(ranks, merged), "inside the group it is the member of the same round"

@@ -57,7 +57,9 @@ def assert_same(wanted: Any, found: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["full", pytest.param("lora", marks=pytest.mark.recipes)])
-@pytest.mark.parametrize("launch", ["fsdp2", "zero3", pytest.param("zero2", marks=pytest.mark.recipes)])
+@pytest.mark.parametrize(
+    "launch", ["fsdp2", *(pytest.param(name, marks=pytest.mark.recipes) for name in ("zero3", "zero2"))]
+)
 def test_divided_training_gives_out_the_weights_of_one_process(
     bench: Bench, dividing: Bench, inputs: dict[str, Any], launch: Launch, adapter: str
 ) -> None:

@@ -42,8 +42,9 @@ def stated_answer(text: str) -> str:
     """Return what a text gives as its answer: in `<answer>` tags, in the last `\\boxed{}`, its last number, or all."""
     for pattern in (_TAGGED, _BOXED):
         if found := pattern.findall(text):
-            text = found[-1]
-    return number_in(text) if last_number(text) is not None else text.strip()
+            stated = found[-1].strip()
+            return number_in(stated) if _NUMBER.fullmatch(stated) else stated
+    return number_in(text)
 
 
 def number_in(text: str) -> str:
