@@ -16,6 +16,8 @@ from flows.report.run import RunReport
 
 DRAWS = 2000
 """Bootstrap resamples."""
+_SHARES = ("score", "top1")
+"""Columns of which a sample's value lies between 0 and 1."""
 SCORES = {"rouge_l": "ROUGE-L F (0 to 1)", "exact": "the share of exact answers"}
 """What an answer score is, by its name in `summary.json`."""
 Range = tuple[float, float]
@@ -264,12 +266,24 @@ class _Draws:
         self._shared = [own for own in rows.values() if all(name in own for name in names)]
         self._names = names
         self._means: dict[tuple[str, str], Any] = {}
+        self._values: dict[tuple[str, str], list[float]] = {}
         self._counts: dict[int, Any] = {}
 
     def interval(self, name: str, metric: Metric) -> Range | None:
-        """Return the 95 % interval of a candidate's figure, None where the rows do not give it."""
+        """Return the 95 % interval of a candidate's figure, None where the rows do not give it.
+
+        Where every sample is simply right or wrong, or all are alike, it is that of a share: a bootstrap of eight right
+        answers in eight has no width.
+        """
         means = self._figure(name, metric)
-        return None if means is None else _middle(means)
+        if means is None:
+            return None
+        values = self._values[name, metric.name]
+        if metric.column in _SHARES and (set(values) <= {0, 1} or (len(set(values)) == 1 and 0 <= values[0] <= 1)):
+            from steps.lm.scoring import wilson_interval
+
+            return wilson_interval(sum(values) / len(values), len(values))
+        return _middle(means)
 
     def verdict(self, name: str, reference: str, metric: Metric) -> str:
         """Say whether the difference to the reference is real."""
@@ -294,7 +308,8 @@ class _Draws:
         rows = [own[name] for own in self._shared if all(own[each].get(column) is not None for each in measured)]
         if name not in measured or len(rows) < 2:
             return None
-        values = np.array([row[column] for row in rows], dtype=np.float32)
+        self._values[name, metric.name] = [float(row[column]) for row in rows]
+        values = np.array(self._values[name, metric.name], dtype=np.float32)
         weights = np.array([row["tokens"] if metric.weighted else 1 for row in rows], dtype=np.float32)
         counts = self._counted(len(rows))
         means = counts @ (weights * values) / (counts @ weights)

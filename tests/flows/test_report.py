@@ -17,7 +17,7 @@ from flows.report import ReportStep, RunReport, comparison_png, prefect_table, r
 from flows.report.comparison import read_comparison
 from flows.report.layout import layered
 from flows.report.samples import typical_samples
-from steps.lm.scoring import bootstrap_interval
+from steps.lm.scoring import bootstrap_interval, wilson_interval
 
 HOSTILE = """<script>alert(1)</script><img src="https://evil.example/x.png" onerror=alert(2)>'"</style>"""
 SAMPLES = 40
@@ -337,7 +337,7 @@ def test_solved_tasks_are_told_and_drawn(solved_tasks: RunReport) -> None:
     assert not {"script", "img"} & {tag for tag, _ in _Page(html).elements}
     (found,) = (read_comparison("solved", folder, {}) for folder in solved_tasks.comparisons.values())
     policy = next(each for each in found.candidates if each.name == "policy").figures["accuracy"]
-    assert policy.interval == pytest.approx(bootstrap_interval([1.0] * 30 + [0.0] * 10), abs=0.03)
+    assert policy.interval == pytest.approx(wilson_interval(30 / 40, 40))
     assert (policy.verdict, policy.difference) == ("better", 0.5)
 
 

@@ -329,13 +329,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return builder.fetch(scratch, log)
 
 
-def built(source: Path, names: Sequence[str] | None, flags: str) -> Path:
+def built(source: Path, names: Sequence[str] | None, flags: str, *, safest: bool = False) -> Path:
     """Build llama.cpp for a processor, or exactly the named variants; return the folder of its libraries."""
     scratch = source.parent
     builder = Builder(Path(sys.executable), "0", processor(flags), scratch / "wheels")
     with Stages(scratch / "logs").stage("build") as log:
         if names is None:
-            wheel = builder.build(source, log)
+            wheel = builder.build(source, log, safest=safest)
             target = scratch / wheel.parent.name
             shutil.unpack_archive(wheel, target, "zip")
             return target / "llama_cpp" / "lib"
@@ -387,11 +387,16 @@ def test_amx_compiled_in_does_no_harm(source: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="needs qemu-user, which imitates other processors")
 @pytest.mark.skipif("avx512f" not in this_processor().features, reason="native is no newer than what is imitated")
-def test_a_native_build_dies_elsewhere_in_the_child_that_proves_it(
+def test_a_native_build_dies_elsewhere_in_the_child_that_proves_it_and_what_set_up_makes_anew_works(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CMAKE_ARGS", "-DGGML_NATIVE=ON")
-    folder = built(source, [], V4)
+    haswell = (str(shutil.which("qemu-x86_64")), "-cpu", "Haswell")
+    with monkeypatch.context() as patch:
+        patch.setenv("CMAKE_ARGS", "-DGGML_NATIVE=ON")
+        folder = built(source, [], V4)
     assert proven(folder) == (0, '{"variant": ""}')
-    code, _ = proven(folder, str(shutil.which("qemu-x86_64")), "-cpu", "Haswell")
+    code, _ = proven(folder, *haswell)
     assert code in (-4, 132), "an instruction that is missing there"
+    anew = built(source, None, V4, safest=True)
+    assert sorted(path.stem for path in anew.glob("libggml-cpu-*.so")) == ["libggml-cpu-haswell", "libggml-cpu-x64"]
+    assert proven(anew, *haswell) == (0, '{"variant": "haswell"}')
