@@ -156,13 +156,19 @@ def _settle(registrar: Registrar, version: int, decision: GateDecision) -> GateD
         state = registrar.state()
         champion = state.aliases.get("champion")
         final = _effective(state, version, decision)
+        before = None
+        if final.promote and champion != version:
+            if not registrar.set_champion(state, version, champion, final.sentence):
+                continue
+            before = champion
+        elif champion == version and state.release(str(version)).succeeds is None:
+            # A kill came between the move and this note of it.
+            before = state.aliases.get("previous")
+        if before is not None:
+            registrar.tag(version, "succeeds", str(before))
+        # Last: while it is missing the publication counts as unfinished, and the next run completes it.
         registrar.tag(version, "decision", final.model_dump_json())
-        if not final.promote or champion == version:
-            return final
-        if champion is not None:
-            registrar.tag(version, "succeeds", str(champion))
-        if registrar.set_champion(state, version, champion, final.sentence):
-            return final
+        return final
 
 
 def release_id(digests: Sequence[str]) -> str:

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
+from flows.opponent import opponent_of
 from registry.errors import RegistryError
 from registry.family import family_names, list_families, load, promote, publish, resolve, rollback, show
 from registry.gates import GateDecision
 from registry.index import Entry
-from registry.members import Release
+from registry.members import Family, Release
 from registry.record import Execution
 from registry.registrar import Registrar
 from steps.artifacts import Artifact
@@ -184,6 +185,50 @@ def test_who_was_judged_against_another_champion_than_there_is_waits(workshop: W
     again = released(workshop, b"two", judged(one.version))
     assert again.decision
     assert again.decision.promote, "published again, it is the champion that it became"
+
+
+def test_who_loses_to_another_machine_is_judged_against_that_ones_champion_next(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It must not be taken for one that has succeeded the champion that it met."""
+    one, other = released(workshop, b"one"), released(workshop, b"other", NO)
+    move, moved = Registrar.set_champion, []
+
+    def late(self: Registrar, state: Family, version: int, previous: int | None, why: str) -> bool:
+        if not moved:
+            moved.append(move(self, self.state(), other.version, one.version, "another machine's"))
+        return move(self, state, version, previous, why)
+
+    monkeypatch.setattr(Registrar, "set_champion", late)
+    two = released(workshop, b"two", judged(one.version))
+    assert moved == [True]
+    assert two.decision and not two.decision.promote
+    assert f"it met version {one.version}, and version {other.version} is champion now" in two.decision.sentence
+    assert two.succeeds is None
+    met = opponent_of(load(workshop.home, "pico"), two.members[0].key)
+    assert met and met.version == other.version
+
+
+def test_a_champion_whose_publication_was_killed_after_the_move_is_completed(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = released(workshop, b"one")
+    tag = Registrar.tag
+
+    def killed(self: Registrar, version: int, name: str, value: str) -> None:
+        if name == "succeeds":
+            raise KeyboardInterrupt
+        tag(self, version, name, value)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Registrar, "tag", killed)
+        released(workshop, b"two", judged(one.version))
+    shutil.rmtree(workshop.home.index)
+    left = load(workshop.home, "pico").release("champion")
+    assert (left.decision, left.succeeds) == (None, None), "so the next run publishes again"
+    two = released(workshop, b"two", judged(one.version))
+    assert two.decision and two.decision.promote
+    assert (two.version, two.succeeds) == (left.version, one.version)
 
 
 def test_a_move_that_was_decided_before_anothers_counts_for_nothing(workshop: Workshop) -> None:
