@@ -19,6 +19,7 @@ from steps.artifacts import Artifact, Dataset, DatasetFacts, Facts, Manifest, di
 from steps.frame.launch import Launcher
 from steps.frame.spec import StepResult
 from steps.lm.rows import read_jsonl, write_jsonl
+from steps.runtime import verdicts
 from steps.train._checkpoints import last_checkpoint
 from tests.conftest import Bench
 
@@ -166,3 +167,10 @@ def fresh(bench: Any, launcher: Launcher, tmp_path_factory: pytest.TempPathFacto
         return made
 
     return make
+
+
+@pytest.fixture
+def own_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of verdicts of the test's own."""
+    monkeypatch.setattr(verdicts, "folder", lambda: tmp_path / "doctor")
+    return tmp_path / "doctor"
