@@ -33,6 +33,12 @@ class Conversation:
         return [index in own for index in range(len(self.ids))]
 
     @property
+    def last_ids(self) -> list[int]:
+        """Tokens of the assistant's last turn."""
+        turn = self.turns[-1]
+        return self.ids[turn.start : turn.stop]
+
+    @property
     def prompt_length(self) -> int:
         """Tokens before the assistant's last turn; all of them where the assistant says nothing."""
         return next((turn.start for turn in reversed(self.turns) if turn), len(self.ids))
@@ -75,19 +81,32 @@ def conversation(
     """Tokenise a whole conversation and mark the assistant's tokens, of all its turns or of the last one only.
 
     An assistant's turn runs from where the template invites it to speak to its first stop token (`stop_token_ids`, by
-    default the tokenizer's end token), because what the template writes after that no model ever generates.
+    default the tokenizer's end token), because what the template writes after that no model ever generates. Where the
+    template ends the last turn with none, the tokenizer's end token is put there: who learns no end never stops.
 
     Raises:
         UserError: there is no template, or it renders a turn differently once a later one follows, so that it cannot
             be said which text is the assistant's.
     """
     text = render(tokenizer, messages)
+    spans = _turns(tokenizer, messages, text, only_last)
+    stops = set(stop_token_ids) or set(token_ids(tokenizer, str(tokenizer.eos_token)))
+    found = _tokenised(tokenizer, text, spans, stops)
+    if found.turns and messages[-1]["role"] == "assistant" and stops.isdisjoint(found.last_ids) and tokenizer.eos_token:
+        text += str(tokenizer.eos_token)
+        found = _tokenised(tokenizer, text, [*spans[:-1], (spans[-1][0], len(text))], stops)
+    return found
+
+
+def _tokenised(
+    tokenizer: "PreTrainedTokenizerFast", text: str, spans: Sequence[tuple[int, int]], stops: set[int]
+) -> Conversation:
+    """Tokenise the text; each span of characters becomes the turn of tokens up to its first stop token."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids: list[int] = list(encoded["input_ids"])  # pyright: ignore[reportArgumentType]
     starts = [start for start, _ in encoded["offset_mapping"]]  # pyright: ignore[reportGeneralTypeIssues]
-    stops = set(stop_token_ids) or set(token_ids(tokenizer, str(tokenizer.eos_token)))
     turns = []
-    for begin, end in _turns(tokenizer, messages, text, only_last):
+    for begin, end in spans:
         first, last = bisect_left(starts, begin), bisect_left(starts, end)
         stop = next((index + 1 for index in range(first, last) if ids[index] in stops), last)
         turns.append(range(first, stop))

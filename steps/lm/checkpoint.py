@@ -104,10 +104,18 @@ def stop_token_ids(directory: Path) -> tuple[int, ...]:
 
 
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
-    """Load a checkpoint's tokenizer; never runs code from the checkpoint."""
+    """Load a checkpoint's tokenizer; never runs code from the checkpoint.
+
+    Raises:
+        UserError: its files are not a tokenizer's.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    # The tokenizers library raises bare exceptions.
+    except Exception as error:
+        raise UserError(f"{directory}: its tokenizer cannot be loaded ({str(error).splitlines()[0]})") from error
 
 
 def load_model(directory: Path, dtype: Dtype) -> "PreTrainedModel":

@@ -12,6 +12,7 @@ from steps.artifacts import Draft, Model
 from steps.frame import Job, Resources, StepConfig, step
 from steps.lm.checkpoint import model_facts, save_model
 from steps.lm.tasks import THINK_CLOSE, THINK_OPEN
+from steps.lm.turn_end import stop_at_turn_end
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -25,7 +26,11 @@ _THINKING = (THINK_OPEN, THINK_CLOSE)
 
 
 class PicoModel(StepConfig):
-    """Make a Llama of about a million parameters with a tokenizer of its own, pretrained for a few seconds."""
+    """Make a Llama of about a million parameters with a tokenizer of its own, pretrained for a few seconds.
+
+    Like Qwen's base models it is pretrained with `<|endoftext|>` as its end token, while its chat template ends turns
+    with `<|im_end|>`.
+    """
 
     hidden: int = Field(default=256, ge=32)
     """Hidden size. A multiple of 256 makes every matrix fit k-quants' blocks."""
@@ -59,6 +64,7 @@ def pico_model(config: PicoModel, job: Job) -> Draft:
     _pretrain(model, tokenizer, text, config, job)
     out = job.output()
     save_model(model.bfloat16(), tokenizer, out)  # pyright: ignore[reportArgumentType]
+    stop_at_turn_end(out)
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     return Model.draft(out, model_facts(out, origin=f"pico://python-{version}", licence="PSF-2.0"))
 
@@ -85,7 +91,7 @@ def train_tokenizer(text: list[str], vocabulary: int, context: int) -> "PreTrain
     bpe.train_from_iterator(text, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
-        eos_token="<|im_end|>",
+        eos_token="<|endoftext|>",
         pad_token="<|endoftext|>",
         model_max_length=context,
     )
@@ -99,7 +105,7 @@ def new_llama(config: PicoModel, tokenizer: "PreTrainedTokenizerFast") -> "Llama
     """Build the model with random weights (tied embeddings, as in small Llamas)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    pad, start, end = range(len(_SPECIAL))
+    end, start, _ = range(len(_SPECIAL))
     llama = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden,
@@ -111,11 +117,11 @@ def new_llama(config: PicoModel, tokenizer: "PreTrainedTokenizerFast") -> "Llama
         tie_word_embeddings=True,
         bos_token_id=start,
         eos_token_id=end,
-        pad_token_id=pad,
+        pad_token_id=end,
     )
     model = LlamaForCausalLM(llama)
     model.generation_config.eos_token_id = end
-    model.generation_config.pad_token_id = pad
+    model.generation_config.pad_token_id = end
     return model
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from steps.artifacts import Draft, Manifest, Model, link_or_copy
 from steps.frame import Job, Resources, Source, StepConfig, UserError, step
-from steps.lm.checkpoint import Dtype, model_facts
+from steps.lm.checkpoint import Dtype, model_facts, stop_token_ids
+from steps.lm.turn_end import stop_at_turn_end
 from steps.model._gguf import dequantize
 from steps.sources import fetch_model
 from steps.sources.checkpoint import checkpoint_in
@@ -50,7 +51,11 @@ def model_source(config: ModelSource, job: Job) -> Draft:
             licence = licence or stated
         else:
             _take_checkpoint(found, out, downloaded=found.is_relative_to(job.cache))
-    return Model.draft(out, model_facts(out, origin=config.uri, licence=licence))
+    facts = model_facts(out, origin=config.uri, licence=licence)
+    before = set(facts.stop_token_ids)
+    if (end := stop_at_turn_end(out)) is not None and end not in before:
+        job.log.info("the chat template ends a turn with token %d, at which this model did not stop: now it does", end)
+    return Model.draft(out, facts.model_copy(update={"stop_token_ids": stop_token_ids(out)}))
 
 
 def _take_checkpoint(folder: Path, out: Path, *, downloaded: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from steps.artifacts import Manifest, Model, digest_tree
 from steps.lm.checkpoint import model_facts, save_model
+from steps.lm.turn_end import stop_at_turn_end
 from steps.model.pico import PicoModel, new_llama, train_tokenizer
 
 TEXT = ["sort these digits upward, then say what you found", "the answer to each question is a row of digits"]
@@ -24,6 +25,7 @@ def untrained(bench: Any, seed: int) -> Model:
     staging = bench.root / "made" / f"untrained-{seed}"
     staging.mkdir(parents=True)
     save_model(model.bfloat16(), tokenizer, staging)
+    stop_at_turn_end(staging)
     tree = digest_tree(staging)
     manifest = Manifest(
         kind="Model",

@@ -1,0 +1,216 @@
+"""The token that ends a turn is found from the template, is a stop token from the door on, and is learned."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steps.artifacts import Model
+from steps.lm.chat import conversation, render
+from steps.lm.checkpoint import load_tokenizer, save_model, stop_token_ids
+from steps.lm.llama_cpp import GgufModel
+from steps.lm.rows import read_jsonl
+from steps.lm.turn_end import stop_at_turn_end, turn_end
+from steps.model.pico import CHATML, PicoModel, new_llama, train_tokenizer
+from tests.steps.conftest import solved
+
+_EACH = "{% for m in messages %}"
+LLAMA3 = (
+    "{{ '<bos>' }}"
+    + _EACH
+    + "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+GEMMA = (
+    _EACH + "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+BREAK_FIRST = GEMMA.replace("<end_of_turn>", "\n\n<end_of_turn>")
+MISTRAL = _EACH + (
+    "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}{{ m.content + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+PHI3 = (
+    _EACH + "<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+)
+GLM4 = _EACH + "<|{{ m.role }}|>\n{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+GPT_OSS = (
+    _EACH + "<|start|>{{ m.role }}<|message|>{{ m.content }}"
+    "{% if loop.last and m.role == 'assistant' %}<|return|>{% else %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+QWEN3 = CHATML.replace(
+    "+ message['content']", "+ ('<think>\n\n</think>\n\n' if message.role == 'assistant' else '') + message['content']"
+)
+PLAIN = (
+    _EACH
+    + "### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}{% if add_generation_prompt %}### assistant:\n{% endif %}"
+)
+REFUSING = "{{ raise_exception('no') }}"
+_TOKENS = """<bos> <|eot_id|> <|start_header_id|> <|end_header_id|> <start_of_turn> <end_of_turn> <|end|> <|user|>
+<|assistant|> <|start|> <|message|> <|return|>"""
+QUESTION = [{"role": "user", "content": "sort 3 1 2"}]
+ANSWERED = [*QUESTION, {"role": "assistant", "content": "1 2 3"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """Trained on little, with the tokens of many families; two line breaks are an added token, as in Gemma's."""
+    from transformers import AddedToken
+
+    found = train_tokenizer(["sort these digits upward, then say what you found"], 300, 64)
+    found.add_special_tokens({"additional_special_tokens": _TOKENS.split()})  # pyright: ignore[reportArgumentType]
+    found.add_tokens([AddedToken("\n\n", normalized=False)])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (CHATML, "<|im_end|>"),
+        (QWEN3, "<|im_end|>"),
+        (LLAMA3, "<|eot_id|>"),
+        (GEMMA, "<end_of_turn>"),
+        (BREAK_FIRST, "<end_of_turn>"),
+        (MISTRAL, "<|endoftext|>"),
+        (PHI3, "<|end|>"),
+        (GLM4, "<|user|>"),
+        (GPT_OSS, "<|return|>"),
+        (PLAIN, None),
+        (REFUSING, None),
+        (None, None),
+    ],
+    ids=[
+        "chatml",
+        "qwen3",
+        "llama3",
+        "gemma",
+        "break",
+        "mistral",
+        "phi3",
+        "glm4",
+        "gpt-oss",
+        "plain",
+        "refusing",
+        "none",
+    ],
+)
+def test_a_templates_end_is_what_it_writes_behind_an_answer(tokenizer: Any, template: str, end: str | None) -> None:
+    tokenizer.chat_template = template
+    found = turn_end(tokenizer)
+    assert (None if found is None else tokenizer.convert_ids_to_tokens(found)) == end
+
+
+@pytest.mark.parametrize("template", [PLAIN, GLM4], ids=["plain", "glm4"])
+def test_a_last_turn_without_an_end_is_given_the_tokenizers(tokenizer: Any, template: str) -> None:
+    tokenizer.chat_template = template
+    end = turn_end(tokenizer) or tokenizer.eos_token_id
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    try:
+        asked = conversation(tokenizer, QUESTION, [end])
+        talk = conversation(tokenizer, ANSWERED, [end])
+        both = conversation(tokenizer, [*ANSWERED, *ANSWERED], [end])
+    finally:
+        tokenizer.eos_token = "<|endoftext|>"
+    assert asked.turns == () and asked.ids[-1] != end
+    assert talk.last_ids[-1] == end and talk.last_ids.count(end) == 1
+    assert tokenizer.decode(talk.last_ids[:-1]).strip() == "1 2 3"
+    # What whoever opens the text itself sees, a GGUF in llama.cpp for one.
+    assert talk.ids == tokenizer(talk.text, add_special_tokens=False)["input_ids"]
+    assert both.last_ids == talk.last_ids
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, MISTRAL], ids=["chatml", "llama3", "mistral"])
+def test_nothing_is_added_where_the_template_ends_its_turns(tokenizer: Any, template: str) -> None:
+    tokenizer.chat_template = template
+    assert conversation(tokenizer, ANSWERED, [turn_end(tokenizer) or 0]).text == render(tokenizer, ANSWERED)
+
+
+@pytest.fixture
+def base(tokenizer: Any, tmp_path: Path) -> Path:
+    """A checkpoint as a hub has a base model: stops at its documents' end alone."""
+    tokenizer.chat_template = CHATML
+    folder = tmp_path / "base"
+    save_model(new_llama(PicoModel(hidden=64, layers=2, context=64), tokenizer), tokenizer, folder)  # pyright: ignore[reportArgumentType]
+    assert stop_token_ids(folder) == (0,)
+    return folder
+
+
+def test_the_door_adds_the_end_in_front_and_writes_through_no_link(base: Path, tmp_path: Path) -> None:
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for path in base.iterdir():
+        os.link(path, linked / path.name)
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    assert stop_at_turn_end(linked) == 2
+    assert json.loads((linked / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
+    assert load_tokenizer(linked).eos_token == "<|im_end|>"
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+    changed = {path.name for path in linked.iterdir() if path.read_bytes() != before[path.name]}
+    assert changed == {"generation_config.json", "tokenizer_config.json"}
+    again = {path.name: path.stat().st_ino for path in linked.iterdir()}
+    assert stop_at_turn_end(linked) == 2
+    assert {path.name: path.stat().st_ino for path in linked.iterdir()} == again
+
+
+def test_a_checkpoint_without_a_generation_config_gets_one(base: Path) -> None:
+    (base / "generation_config.json").unlink()
+    stop_at_turn_end(base)
+    assert json.loads((base / "generation_config.json").read_text()) == {
+        "bos_token_id": 1,
+        "pad_token_id": 0,
+        "eos_token_id": [2, 0],
+    }
+
+
+def test_a_template_that_writes_the_end_token_itself_goes_on_writing_the_same(base: Path) -> None:
+    (base / "chat_template.jinja").write_text(PHI3)
+    text = render(load_tokenizer(base), ANSWERED)
+    end = stop_at_turn_end(base)
+    after = load_tokenizer(base)
+    assert after.convert_ids_to_tokens(end or 0) == "<|end|>" and stop_token_ids(base) == tuple(sorted((0, end or 0)))
+    assert after.eos_token == "<|endoftext|>" and render(after, ANSWERED) == text
+
+
+def test_a_base_that_stops_elsewhere_learns_to_end_its_turns(bench: Any, sorting: Any, tmp_path: Path) -> None:
+    """The whole way of a base like Qwen's: its own end is `<|endoftext|>`, its template's `<|im_end|>`."""
+    import torch
+
+    torch.manual_seed(5)
+    config = PicoModel(hidden=128, layers=2, vocabulary=320, context=64, pretrain_steps=0)
+    text = [f"sort {row['id']}" for row in read_jsonl(sorting["train"].rows_file)]
+    words = train_tokenizer(text, config.vocabulary, config.context)
+    save_model(new_llama(config, words).bfloat16(), words, tmp_path / "base")  # pyright: ignore[reportArgumentType]
+    base = bench.run("model.source", uri=f"file://{tmp_path / 'base'}")[""]
+    assert base.facts.stop_token_ids == (0, 2)
+    tuned: Model = bench.run(
+        "train.sft",
+        {"model": base, "data": sorting["train"]},
+        adapter={"kind": "full"},
+        batch_size=64,
+        max_steps=300,
+        learning_rate=3e-3,
+        schedule="constant_with_warmup",
+        dtype="float32",
+    )[""]
+    assert tuned.facts.stop_token_ids == stop_token_ids(tuned.path) == (0, 2)
+    assert load_tokenizer(tuned.path).eos_token == "<|im_end|>"
+    samples = bench.run(
+        "data.sample",
+        {"model": tuned, "data": sorting["eval"]},
+        samples=1,
+        temperature=0,
+        max_new_tokens=12,
+        rewards=[{"kind": "exact"}],
+    )[""]
+    rows = list(read_jsonl(samples.rows_file))
+    assert not any(row["samples"][0]["truncated"] for row in rows)
+    assert sum(solved(bench, tuned, sorting["eval"])) > 60
+    gguf = bench.run("quantize.gguf", {"model": tuned}, scheme="Q8_0")[""]
+    with GgufModel(gguf.gguf_file, context=64) as file:
+        assert {0, 2} <= file.stop_token_ids
+        prompt = file.tokenize(render(load_tokenizer(tuned.path), rows[0]["messages"][:-1], prompt=True))
+        assert len(file.generate(prompt, 20)) < 12
