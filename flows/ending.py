@@ -23,6 +23,8 @@ class Ending:
     report: Path | None = None
     table: list[dict[str, Any]] = field(default_factory=list)
     """A row a step, for people."""
+    notes: tuple[str, ...] = ()
+    """What must be known beside the figures of its reports, a sentence each."""
     picture: Path | None = None
     """The comparison as a PNG."""
     links: dict[str, str] = field(default_factory=dict)
@@ -77,6 +79,7 @@ class Ending:
             "seconds": round(self.seconds, 1),
             "publication": self.publication,
             "report": str(self.report) if self.report else None,
+            "notes": list(self.notes),
             "steps": {name: _step(state) for name, state in self.states.items()},
         }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from flows.ending import Ending
 from flows.execution import Execution, StepState, versions
 from flows.publication import Publication, publish_release
-from flows.report import ReportStep, RunReport, comparison_png, prefect_table, write_report
+from flows.report import ReportStep, RunReport, comparison_png, prefect_table, read_notes, write_report
 from flows.team.state import mlflow_url
 from steps.frame.spec import METRICS_NAME
 
@@ -39,6 +39,7 @@ def finish(execution: Execution, *, publish: bool) -> Ending:
         publication.release,
         report=page,
         table=table,
+        notes=tuple(read_notes(report)),
         picture=image if picture else None,
         links=_links(execution),
     )

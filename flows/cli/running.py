@@ -44,6 +44,8 @@ def run_recipe(recipe: str, overrides: Sequence[str], *, profile: str = "", publ
         ending = _under_prefect(execution, board, stack, parameters)
     console.print(board.render())
     console.print(f"{ending.sentence} ({duration(ending.seconds)})", highlight=False)
+    for note in ending.notes:
+        console.print(f"Note: {note}.", highlight=False, markup=False)
     if ending.report:
         console.print(f"Report: {ending.report}", highlight=False)
     return ending

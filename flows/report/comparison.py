@@ -145,6 +145,8 @@ class Comparison:
     """What the answer score is, or what verified the answers, as part of a sentence."""
     budgets: Mapping[str, Sequence[BudgetPoint]] = field(default_factory=dict)
     """By candidate, where several thinking budgets were evaluated."""
+    notes: Sequence[str] = ()
+    """What must be known beside the figures, a sentence each."""
 
     @property
     def base(self) -> Candidate | None:
@@ -174,6 +176,15 @@ def read_comparisons(run: RunReport) -> list[Comparison]:
     return [read_comparison(name, run.comparisons[name], timings[name]) for name in order]
 
 
+def read_notes(run: RunReport) -> list[str]:
+    """Return what must be known beside the figures of a run's comparisons, `STEP: ...` each."""
+    found = []
+    for name, folder in run.comparisons.items():
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        found += [f"{name}: {note}" for note in summary.get("notes", ())]
+    return found
+
+
 def read_comparison(step: str, folder: Path, step_metrics: Mapping[str, float]) -> Comparison:
     """Read one Report artifact; figures that are no part of it (speed, memory) come from the step's metrics."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -196,7 +207,9 @@ def read_comparison(step: str, folder: Path, step_metrics: Mapping[str, float]) 
         for index, name in enumerate(names, start=0 if "base" in names else 1)
     ]
     tuned = next(each for each in candidates if each.name == reference)
-    return Comparison(step, tuned, candidates, rows, _score(summary, values), _budgets(summary))
+    return Comparison(
+        step, tuned, candidates, rows, _score(summary, values), _budgets(summary), summary.get("notes", ())
+    )
 
 
 def _score(summary: Mapping[str, Any], values: Mapping[str, Mapping[str, float]]) -> str:

@@ -70,6 +70,8 @@ class ModelFacts(Facts):
     licence: str | None = None
     origin: str | None = None
     """URI of the pretrained model at the root of the lineage."""
+    chosen_on: tuple[str, ...] = ()
+    """Digests of the rows by which it, or what it was made of, was chosen; on them it looks better than it is."""
 
 
 class FourBit(Facts):
@@ -94,6 +96,8 @@ class AdapterFacts(Facts):
     base_architecture: str
     template_sha256: str | None
     stop_token_ids: tuple[int, ...]
+    chosen_on: tuple[str, ...] = ()
+    """As `ModelFacts.chosen_on`."""
 
 
 class QuantizedFacts(Facts):
@@ -109,6 +113,8 @@ class QuantizedFacts(Facts):
     parameters: int
     fallbacks: int = 0
     """Tensors stored in another type than the scheme's own (rows that do not divide into its blocks)."""
+    chosen_on: tuple[str, ...] = ()
+    """As `ModelFacts.chosen_on`."""
 
 
 class ReportFacts(Facts):

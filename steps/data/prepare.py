@@ -1,11 +1,11 @@
-"""`data.prepare`: from raw rows to a training and an evaluation set in one form, without duplicates."""
+"""`data.prepare`: from raw rows to sets to train, to choose and to test by, in one form, without duplicates."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from steps.artifacts import Dataset, DatasetFacts, Draft, Model
 from steps.data._conversations import Columns, Conversation, conversation
@@ -22,7 +22,7 @@ _BATCH = 256
 
 
 class PrepareData(StepConfig):
-    """Read rows, bring them into messages, drop duplicates, measure them and split off an evaluation set."""
+    """Read rows, bring them into messages, drop duplicates, measure them and split off what is held out."""
 
     source: Source | list[Source]
     """Files, wildcards, `hf://datasets/ORG/NAME@REVISION`, `reasoning-gym://NAME?KEY=VALUE`, or `python-stdlib-docs`;
@@ -32,8 +32,11 @@ class PrepareData(StepConfig):
     near_dedup: float | None = Field(default=0.8, gt=0, lt=1)
     """Similarity of word triples from which two rows count as the same; null keeps near duplicates."""
     eval_fraction: float = Field(default=0.05, ge=0, lt=1)
-    """Share of rows held out, by hash and seed. Rows that answer one question (whose messages are the same up to the
-    assistant's first turn) are on the same side."""
+    """Share of rows held out for choices (checkpoints, candidates), by hash and seed. Rows that answer one question
+    (whose messages are the same up to the assistant's first turn) are on the same side: of one data set, and of all
+    that are split with one seed and the same fractions."""
+    test_fraction: float = Field(default=0, ge=0, lt=1)
+    """Share of rows held out for the figures that are quoted, as the output `test`: nothing is chosen by them."""
     group: str | None = None
     """Column that says which rows belong together, a document or an author: they are on the same side, too."""
     limit: int | None = Field(default=None, ge=1)
@@ -45,6 +48,12 @@ class PrepareData(StepConfig):
     system: str | None = None
     """System message for rows that have none."""
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _leaves_rows_to_learn(self) -> Self:
+        if self.eval_fraction + self.test_fraction >= 1:
+            raise ValueError("eval_fraction and test_fraction leave no rows to learn from; make their sum less than 1")
+        return self
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ class Measured:
 
 @step(
     "data.prepare",
-    produces={"train": Dataset, "eval": Dataset},
+    produces={"train": Dataset, "eval": Dataset, "test": Dataset},
     reference="https://arxiv.org/abs/2107.06499",
     libraries=("rensa", "transformers", "tokenizers", "pyarrow"),
     preload=("transformers", "rensa", "matplotlib.figure"),
@@ -71,24 +80,23 @@ def prepare_data(config: PrepareData, job: Job) -> dict[str, Draft]:
     unique, exact = without_exact(rows)
     distinct, near = (unique, 0) if config.near_dedup is None else without_near(unique, config.near_dedup)
     kept, too_long = _measured(distinct, config, tokenizer)
-    held_out = held_out_ids([one.row for one in kept], config.seed, config.eval_fraction)
-    sides = {
-        "train": [one for one in kept if one.row.id not in held_out],
-        "eval": [one for one in kept if one.row.id in held_out],
-    }
+    side_of = sides_by_id([one.row for one in kept], config.seed, config.eval_fraction, config.test_fraction)
+    sides = {side: [one for one in kept if side_of[one.row.id] == side] for side in ("train", "eval", "test")}
     counts = {"rows_read": len(rows), "exact_duplicates": exact, "near_duplicates": near, "too_long": too_long}
     _check_sides(config, sides, counts)
     unit = "words" if tokenizer is None else "tokens"
-    job.log_metrics({**counts, "train": len(sides["train"]), "eval": len(sides["eval"]), **percentiles(kept, unit)})
+    sizes = {name: len(part) for name, part in sides.items() if part or name != "test"}
+    job.log_metrics({**counts, **sizes, **percentiles(kept, unit)})
     job.log_figure(f"{unit}_per_row", _histogram(sides, unit))
     return {name: _write(job, name, part, counts, unit, config.model) for name, part in sides.items()}
 
 
-def held_out_ids(rows: Sequence[Conversation], seed: int, share: float) -> set[str]:
-    """Return the ids of the rows that are held out; what belongs together is held out together.
+def sides_by_id(rows: Sequence[Conversation], seed: int, for_eval: float, for_test: float) -> dict[str, str]:
+    """Return on which side each row is, by its id, where these shares are held out.
 
-    Rows hang together by their opening and by their group, directly or through others. The side of each such set
-    depends on the smallest of its ids.
+    What belongs together is on one side: rows hang together by their opening and by their group, directly or through
+    others. The side of each such set depends on the smallest of its groups, or of its openings where it has none: not
+    on the answers, so that a question stays where it is when it is answered anew, or otherwise in another file.
     """
     above: dict[str, str] = {}
 
@@ -100,11 +108,17 @@ def held_out_ids(rows: Sequence[Conversation], seed: int, share: float) -> set[s
     for row in rows:
         for name in (f"opening {row.opening}", *([f"group {row.group}"] if row.group is not None else [])):
             above[top(name)] = top(row.id)
-    sets: dict[str, list[str]] = {}
+    sets: dict[str, list[Conversation]] = {}
     for row in rows:
-        sets.setdefault(top(row.id), []).append(row.id)
-    sides = [ids for ids in sets.values() if uniform(seed, "side", min(ids)) < share]
-    return {one for ids in sides for one in ids}
+        sets.setdefault(top(row.id), []).append(row)
+    found = {}
+    for together in sets.values():
+        groups = [row.group for row in together if row.group is not None]
+        at = uniform(seed, "side", min(groups or [row.opening for row in together]))
+        # A test set takes nothing from the evaluation set, nor the other way round.
+        side = "eval" if at < for_eval else "test" if at >= 1 - for_test else "train"
+        found.update((row.id, side) for row in together)
+    return found
 
 
 def percentiles(rows: Sequence[Measured], unit: str) -> dict[str, float]:
@@ -199,18 +213,23 @@ def _check_sides(config: PrepareData, sides: dict[str, list[Measured]], counts: 
         UserError: a side that was asked for has no rows.
     """
     source = config.source if isinstance(config.source, str) else ", ".join(config.source)
-    if not sides["train"] and not sides["eval"]:
+    if not any(sides.values()):
         why = (
             f"; all {counts['too_long']} are longer than max_tokens: {config.max_tokens}" if counts["too_long"] else ""
         )
         raise UserError(f"{source}: no rows are left of the {counts['rows_read']} read{why}")
     if not sides["train"]:
-        raise UserError(f"{source}: all {len(sides['eval'])} rows fell to the evaluation set; lower `eval_fraction`")
-    if config.eval_fraction and not sides["eval"]:
+        held_out = len(sides["eval"]) + len(sides["test"])
         raise UserError(
-            f"{source}: none of the {len(sides['train'])} rows fell to the evaluation set; raise `eval_fraction`, or "
-            "set it to 0 to do without one"
+            f"{source}: all {held_out} rows fell to the evaluation set and the test set; lower `eval_fraction` or "
+            "`test_fraction`"
         )
+    for name, fraction in (("eval", config.eval_fraction), ("test", config.test_fraction)):
+        if fraction and not sides[name]:
+            raise UserError(
+                f"{source}: none of the {len(sides['train'])} rows fell to `{name}`; raise `{name}_fraction`, or set "
+                "it to 0 to do without"
+            )
 
 
 def _write(
@@ -230,7 +249,7 @@ def _write(
 
 
 def _histogram(sides: dict[str, list[Measured]], unit: str) -> "Figure":
-    """Draw how long the rows are, both sides as shares of their own number."""
+    """Draw how long the rows are, each side as shares of its own number."""
     import numpy as np
     from matplotlib.figure import Figure
 

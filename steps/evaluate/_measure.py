@@ -64,6 +64,8 @@ class Measured:
     """Most probable token at each scored position."""
     generation: Generation
     """For the first `generate_rows` samples."""
+    more_stops: tuple[int, ...] = ()
+    """Tokens at which the runtime by itself would stop, too."""
 
 
 def measure(contender: Contender, plan: Plan, *, is_reference: bool, report: Report) -> Measured:
@@ -93,7 +95,7 @@ def measure(contender: Contender, plan: Plan, *, is_reference: bool, report: Rep
     prompts = [sample.prompt_ids for sample in plan.samples[: plan.generate_rows]]
     generation = runtime.generate(prompts, plan.new_tokens)
     report(1.0)
-    return Measured(nll, None if is_reference else kl, choices, generation)
+    return Measured(nll, None if is_reference else kl, choices, generation, runtime.more_stops)
 
 
 Compare = Callable[[NDArray[np.float32]], NDArray[np.float32]]

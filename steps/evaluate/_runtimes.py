@@ -1,7 +1,6 @@
 """The runtimes that a model is evaluated in: transformers, GPTQModel and llama.cpp behind one small face."""
 
 import inspect
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float32]
 
 _SPEED_TOKENS = 32
-_log = logging.getLogger("posttrain.evaluate")
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,8 @@ class Runtime(Protocol):
 
     vocabulary: int
     """Width of its logits."""
+    more_stops: tuple[int, ...]
+    """Tokens at which it would stop by itself, beside those of the model's facts, at which it does stop."""
 
     def tokenize(self, text: str) -> list[int]:
         """Tokenise a templated text with the model's own tokenizer."""
@@ -112,6 +112,7 @@ class TransformersRuntime:
         self._model.generation_config = GenerationConfig()
         self._tokenizer: PreTrainedTokenizerFast = load_tokenizer(directory)
         self._stops = sorted(stop_token_ids)
+        self.more_stops: tuple[int, ...] = ()
         self._stand_in = stand_in
         self._trims = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self._precise_head: Any = _float32_copy(self._model.get_output_embeddings())
@@ -193,8 +194,7 @@ class LlamaCppRuntime:
         self.vocabulary = self._model.vocabulary
         # What the other runtimes stop on: otherwise an answer's score would tell of that, not of the weights.
         self._stops = frozenset(stops) or self._model.stop_token_ids
-        if more := sorted(self._model.stop_token_ids - self._stops):
-            _log.warning("%s: llama.cpp itself would stop on tokens %s, too", file.name, more)
+        self.more_stops = tuple(sorted(self._model.stop_token_ids - self._stops))
 
     def tokenize(self, text: str) -> list[int]:
         """See `Runtime`."""

@@ -101,7 +101,7 @@ def table(content: Mapping[str, Any]) -> str:
         f"{content['rows']} held-out rows, {content['generated_rows']} of them answered; in brackets 95 % bootstrap "
         "intervals over the rows."
     )
-    return "\n".join([*lines, "", note, ""])
+    return "\n".join([*lines, "", *(f"{each}.\n" for each in (*content["notes"], note.removesuffix(".")))])
 
 
 def _answer_cell(metrics: Mapping[str, float], intervals: Mapping[str, Sequence[float]]) -> str:

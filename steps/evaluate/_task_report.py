@@ -54,7 +54,7 @@ def table(content: Mapping[str, Any]) -> str:
         f"(Wilson's for one answer a task, else a bootstrap); p is that of an exact sign test against "
         f"{content['reference']}, task by task, corrected for the number of candidates (Holm)."
     )
-    return "\n".join([*lines, "", note, ""])
+    return "\n".join([*lines, "", *(f"{each}.\n" for each in (*content["notes"], note.removesuffix(".")))])
 
 
 def draw(content: Mapping[str, Any], job: Job) -> None:

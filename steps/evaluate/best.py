@@ -5,10 +5,11 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 from steps.artifacts import MANIFEST_NAME, Adapter, Artifact, Draft, Model, Report
 from steps.evaluate._names import candidate_names
-from steps.frame import Follows, Input, Job, Like, NamesOf, StepConfig, UserError, step
+from steps.frame import Chooses, Follows, Input, Job, Like, NamesOf, StepConfig, UserError, step
 
 CHOICE_NAME = "choice.json"
 
@@ -22,7 +23,7 @@ class EvaluateBest(StepConfig):
     """Their names in the report, in their order."""
     model: Input[Model] | None = Follows("candidates.model", required=False)
     """What candidates that are adapters were trained on; found by itself."""
-    report: Input[Report]
+    report: Annotated[Input[Report], Chooses()]
     """A report on them all, such as that of `evaluate.tasks`."""
     metric: str = "accuracy"
     """The report's metric by which they are ranked."""

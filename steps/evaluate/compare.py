@@ -61,6 +61,7 @@ class Compare(StepConfig):
 )
 def compare(config: Compare, job: Job) -> Draft:
     """Measure one model after the other, the reference first; write rows, summary and table."""
+    from steps.evaluate._notes import chosen_on, more_stops
     from steps.evaluate._samples import choose_samples
     from steps.evaluate._summary import judge, summary, table
 
@@ -79,6 +80,12 @@ def compare(config: Compare, job: Job) -> Draft:
         for contender, found in zip(contenders, measured, strict=True)
     ]
     content = summary(contenders[0].name, judged, config.score)
+    content["notes"] = [
+        *chosen_on({each.name: each.artifact for each in contenders}, config.data),
+        *more_stops({each.name: found.more_stops for each, found in zip(contenders, measured, strict=True)}),
+    ]
+    for note in content["notes"]:
+        job.log.warning(note)
     out = job.output()
     write_jsonl(out / "rows.jsonl", (row for each in judged for row in each.rows))
     (out / "summary.json").write_text(json.dumps(content, indent=2, sort_keys=False) + "\n", encoding="utf-8")

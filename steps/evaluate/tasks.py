@@ -72,6 +72,7 @@ class EvaluateTasks(Sampling):
 )
 def evaluate_tasks(config: EvaluateTasks, job: Job) -> Draft:
     """Let one candidate after the other answer at each budget; write rows, summary, table, figures."""
+    from steps.evaluate._notes import chosen_on
     from steps.evaluate._task_report import draw, summary, table
     from steps.evaluate._task_scores import corrected, judge, metrics_of, task_rows
     from steps.lm.rows import write_jsonl
@@ -96,6 +97,9 @@ def evaluate_tasks(config: EvaluateTasks, job: Job) -> Draft:
     }
     corrected(measured)
     content = summary(config.verifier.label, len(tasks), config.samples, last, measured)
+    content["notes"] = chosen_on(dict(zip(names, config.candidates, strict=True)), config.data)
+    for note in content["notes"]:
+        job.log.warning(note)
     write_jsonl(out / "rows.jsonl", (row for name in names for row in task_rows(name, last, found[name][last])))
     others = [(name, budget) for name in names for budget in config.budgets[:-1]]
     if others:

@@ -56,6 +56,14 @@ class SourceMark:
     """Marks a string field as an external source; its fingerprint is part of the step's key."""
 
 
+class Chooses:
+    """Marks an input by whose rows a step chooses what it gives out: a checkpoint, or one of several candidates.
+
+    `eval: Annotated[Input[Dataset] | None, Chooses()]`. What was chosen looks better on those rows than it is; which
+    they were travels with it, as `chosen_on` of its facts.
+    """
+
+
 K = TypeVar("K")
 Input = Annotated[K, Edge()]
 """`Input[Model]`: the field takes the output of a step that gives a Model. `Input[Model | Quantized]` takes either."""
@@ -220,6 +228,13 @@ def edges_of(config: type[StepConfig]) -> dict[str, EdgeSpec]:
             follow=Follow(str(path), bool(extra["required"])) if path else None,
         )
     return edges
+
+
+def choices_of(config: type[StepConfig]) -> tuple[str, ...]:
+    """Return the input fields that are marked with `Chooses`."""
+    return tuple(
+        name for name, field in config.model_fields.items() if any(isinstance(mark, Chooses) for mark in field.metadata)
+    )
 
 
 def name_fields_of(config: type[StepConfig]) -> dict[str, str]:

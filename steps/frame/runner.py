@@ -14,8 +14,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from steps.artifacts import Artifact, Draft, Manifest, Parent, Store, digest_tree
-from steps.frame.config import StepConfig
+from steps.artifacts import Artifact, Draft, Facts, Manifest, Parent, Report, Store, digest_tree
+from steps.frame.config import StepConfig, choices_of, edges_of
 from steps.frame.errors import PartDone, UserError
 from steps.frame.job import Job
 from steps.frame.kinds import StepKind, load_kind
@@ -122,9 +122,31 @@ def _publish(
         key=spec.key,
         config=spec.config,
         libraries=kind.library_versions(config),
-        facts=draft.facts.as_plain(),
+        facts=_with_choices(draft.facts, config).as_plain(),
     )
     return store.publish(draft.path, manifest)
+
+
+def _with_choices(facts: Facts, config: StepConfig) -> Facts:
+    """Return a model's facts with the rows that it, or what it was made of, was chosen by."""
+    if "chosen_on" not in type(facts).model_fields:
+        return facts
+    found: set[str] = set(getattr(facts, "chosen_on", ()))
+    for field in edges_of(type(config)):
+        given = getattr(config, field)
+        for artifact in given if isinstance(given, list) else [given] if given is not None else []:
+            found.update(getattr(artifact.facts, "chosen_on", ()))
+    for field in choices_of(type(config)):
+        if (chooser := getattr(config, field)) is not None:
+            found.update(_rows_behind(chooser))
+    return facts.model_copy(update={"chosen_on": tuple(sorted(found))})
+
+
+def _rows_behind(chooser: Artifact[Any]) -> set[str]:
+    """Return the digests of the rows: themselves, or those that a report is about."""
+    if chooser.kind != Report.kind:
+        return {chooser.digest}
+    return {parent.digest for role, parent in chooser.manifest.parents.items() if role == "data"}
 
 
 def _check_outputs(kind: StepKind, config: StepConfig, drafts: Mapping[str, Draft]) -> None:

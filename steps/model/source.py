@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from steps.artifacts import Draft, Manifest, Model, link_or_copy
+from steps.artifacts import Draft, Manifest, Model, ModelFacts, link_or_copy
 from steps.frame import Job, Resources, Source, StepConfig, UserError, step
 from steps.lm.checkpoint import Dtype, model_facts, stop_token_ids
 from steps.lm.turn_end import stop_at_turn_end
@@ -39,10 +39,10 @@ class ModelSource(StepConfig):
 def model_source(config: ModelSource, job: Job) -> Draft:
     """Fetch the model and put it down as a checkpoint; nothing of it is run, and no pickle is opened."""
     out = job.output()
-    licence = config.licence
+    licence, chosen_on = config.licence, ()
     if config.uri in job.resolved:
-        stated = _link_artifact(config.uri, job.resolved[config.uri].path, out)
-        licence = licence or stated
+        registered = _link_artifact(config.uri, job.resolved[config.uri].path, out)
+        licence, chosen_on = licence or registered.licence, registered.chosen_on
     else:
         found = fetch_model(config.uri, job.cache, Path.cwd())
         if found.is_file():
@@ -55,7 +55,8 @@ def model_source(config: ModelSource, job: Job) -> Draft:
     before = set(facts.stop_token_ids)
     if (end := stop_at_turn_end(out)) is not None and end not in before:
         job.log.info("the chat template ends a turn with token %d, at which this model did not stop: now it does", end)
-    return Model.draft(out, facts.model_copy(update={"stop_token_ids": stop_token_ids(out)}))
+    settled = {"stop_token_ids": stop_token_ids(out), "chosen_on": chosen_on}
+    return Model.draft(out, facts.model_copy(update=settled))
 
 
 def _take_checkpoint(folder: Path, out: Path, *, downloaded: bool) -> None:
@@ -67,11 +68,11 @@ def _take_checkpoint(folder: Path, out: Path, *, downloaded: bool) -> None:
             shutil.copyfile(path, out / path.name)
 
 
-def _link_artifact(uri: str, path: Path, out: Path) -> str | None:
-    """Link the files of a registry's model; return its licence."""
+def _link_artifact(uri: str, path: Path, out: Path) -> ModelFacts:
+    """Link the files of a registry's model; return its facts."""
     manifest = Manifest.read(path)
     if manifest.kind != Model.kind:
         raise UserError(f"{uri}: this is a {manifest.kind}, where a model is needed")
     for name in manifest.files:
         link_or_copy(path / name, out / name)
-    return Model(path, manifest).facts.licence
+    return Model(path, manifest).facts

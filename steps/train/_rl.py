@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from steps.artifacts import Dataset, Draft, Model, RewardModel
-from steps.frame import Input, Job, Resources, UserError
+from steps.frame import Chooses, Input, Job, Resources, UserError
 from steps.frame.errors import did_you_mean
 from steps.lm.chat import render, token_ids
 from steps.lm.checkpoint import load_tokenizer
@@ -64,7 +64,7 @@ class RlTraining(Training):
 
     data: Input[Dataset]
     """Tasks to learn from; their last assistant turn is the reference answer."""
-    eval: Input[Dataset] | None = None
+    eval: Annotated[Input[Dataset] | None, Chooses()] = None
     """Held-out tasks. With them the best checkpoint by the verifier is given out, else the last."""
     rewards: list[Reward] = Field(min_length=1)
     """What an answer is rewarded for; the sum of `weight` times each."""

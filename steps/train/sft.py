@@ -1,11 +1,11 @@
 """`train.sft`: supervised fine-tuning with TRL; loss on the assistant's tokens only."""
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from steps.artifacts import Adapter, Dataset, Draft, Model
-from steps.frame import Input, Job, Resources, UserError, step
+from steps.frame import Chooses, Input, Job, Resources, UserError, step
 from steps.lm.chat import conversation
 from steps.lm.checkpoint import load_tokenizer
 from steps.lm.rows import read_jsonl
@@ -34,7 +34,7 @@ class TrainSft(Training):
     """Fine-tune a model on conversations; gives an Adapter, or a Model where every weight is trained."""
 
     data: Input[Dataset]
-    eval: Input[Dataset] | None = None
+    eval: Annotated[Input[Dataset] | None, Chooses()] = None
     """Held-out rows. With them the weights with the lowest loss on them are given out, else the last."""
     eval_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps between evaluations; each writes a checkpoint. As `checkpoint_steps` when unset."""

@@ -11,7 +11,7 @@ import pytest
 from steps.data._conversations import Conversation
 from steps.data._duplicates import bands, shingles
 from steps.data._hashing import uniform
-from steps.data.prepare import held_out_ids
+from steps.data.prepare import sides_by_id
 from steps.lm.checkpoint import load_tokenizer
 from steps.lm.rows import read_jsonl
 
@@ -235,8 +235,35 @@ def test_what_a_column_puts_together_is_on_one_side(bench: Any, jsonl: Callable[
     assert "dok" in refusal(bench, jsonl(rows), group="dok")
 
 
-def test_where_every_question_is_asked_once_the_sides_are_by_row(bench: Any) -> None:
-    rows = [Conversation((("user", f"{n}?"), ("assistant", str(n))), "test", "test") for n in range(50)]
-    alone = {row.id for row in rows if uniform(3, "side", row.id) < 0.3}
-    assert held_out_ids(rows, 3, 0.3) == alone
-    assert held_out_ids(list(reversed(rows)), 3, 0.3) == alone
+def asked(count: int, answer: str = "") -> list[Conversation]:
+    return [Conversation((("user", f"{n}?"), ("assistant", answer or str(n))), "test", "test") for n in range(count)]
+
+
+def test_sides_depend_on_the_questions_alone() -> None:
+    rows = asked(50)
+    alone = {row.id: "eval" if uniform(3, "side", row.opening) < 0.3 else "train" for row in rows}
+    assert sides_by_id(rows, 3, 0.3, 0) == sides_by_id(list(reversed(rows)), 3, 0.3, 0) == alone
+
+
+def test_a_question_stays_on_its_side_when_it_is_answered_otherwise_or_once_more() -> None:
+    """So a file of chains and one of plain answers, split alike, leak nothing into each other's exam."""
+    short, long = asked(300), asked(200, "<think>well</think>so")
+    first, second = sides_by_id(short, 0, 0.2, 0.2), sides_by_id([*short, *long], 0, 0.2, 0.2)
+    other = sides_by_id(long, 0, 0.2, 0.2)
+    assert [first[row.id] for row in short] == [second[row.id] for row in short]
+    assert [first[row.id] for row in short[:200]] == [other[row.id] for row in long]
+
+
+def test_a_test_set_takes_nothing_from_the_evaluation_set(bench: Any, jsonl: Callable[[Sequence[Row]], str]) -> None:
+    source = jsonl(pairs(200))
+    two, three = (
+        bench.run("data.prepare", source=source, eval_fraction=0.2, test_fraction=share) for share in (0, 0.3)
+    )
+    ids = {name: {row["id"] for row in read_jsonl(side.rows_file)} for name, side in three.items()}
+    assert two["test"].facts.rows == 0
+    assert ids["eval"] == {row["id"] for row in read_jsonl(two["eval"].rows_file)}
+    assert ids["train"] | ids["test"] == {row["id"] for row in read_jsonl(two["train"].rows_file)}
+    assert not ids["train"] & ids["test"] and 40 < len(ids["test"]) < 80
+    with pytest.raises(ValueError, match="make their sum less than 1"):
+        refusal(bench, source, eval_fraction=0.5, test_fraction=0.5)
+    assert "raise `test_fraction`" in refusal(bench, source, eval_fraction=0.5, test_fraction=1e-9)
