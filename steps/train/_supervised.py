@@ -1,30 +1,59 @@
 """TRL's supervised trainer, with an order of rows that a resumed training finds again."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import Sampler
-from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from trl.trainer.sft_trainer import SFTTrainer
 
+_BLOCK = 50
+"""Most batches among whose rows like lengths are sought: more would pad less, and mix less."""
 
-class LikeLengths(LengthGroupedSampler):
-    """Rows of like length share a batch; an epoch's order depends on the seed and the epoch's number alone.
 
-    transformers draws it from torch's global random numbers when the epoch begins: evaluations change it, and a
-    training that is resumed after the first epoch goes on in another order.
+class LikeLengths(Sampler[int]):
+    """Rows of like length share a batch, batches come in any order; it depends on the seed and the epoch alone.
+
+    transformers' own sampler leaves the batches of a block from long to short, a saw-tooth in every curve of the loss,
+    and draws from torch's global random numbers when the epoch begins: evaluations change it, and a training that is
+    resumed after the first epoch goes on in another order. Shuffled batches are fairseq's way
+    (https://fairseq.readthedocs.io/en/latest/data.html).
     """
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
-        super().__init__(batch_size, lengths=lengths)
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
+        self._lengths = lengths
+        self._batch_size = batch_size
         self._seed = seed
         self._epoch = epoch
+
+    def __len__(self) -> int:
+        """Rows of an epoch."""
+        return len(self._lengths)
 
     def __iter__(self) -> Iterator[int]:
         """Yield the rows of the epoch that begins."""
         generator = torch.Generator().manual_seed(self._seed * 2**16 + self._epoch())
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+        return iter(grouped_order(self._lengths, self._batch_size, generator))
+
+
+def grouped_order(lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> list[int]:
+    """Return the places of all rows, those of like length within `batch_size` of each other.
+
+    The batch with the longest row comes first, so that memory which does not suffice is known at once; a batch that is
+    not full comes last, because batches are what stands side by side.
+    """
+    rows = torch.randperm(len(lengths), generator=generator).tolist()
+    # Four blocks at least: within one, every epoch would put the same rows together.
+    block = batch_size * max(1, min(len(lengths) // (4 * batch_size), _BLOCK))
+    batches = []
+    for start in range(0, len(rows), block):
+        alike = sorted(rows[start : start + block], key=lambda row: -lengths[row])
+        batches += [alike[at : at + batch_size] for at in range(0, len(alike), batch_size)]
+    last = [batches.pop()] if len(rows) % batch_size else []
+    shuffled = [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
+    longest = max(range(len(shuffled)), key=lambda place: lengths[shuffled[place][0]], default=0)
+    first = [shuffled.pop(longest)] if shuffled else []
+    return [row for batch in (*first, *shuffled, *last) for row in batch]
 
 
 class SupervisedTrainer(SFTTrainer):
