@@ -109,7 +109,7 @@ def test_labels_follow_the_models_distribution(sorting_model: Any, labelled: dic
     import torch
 
     tokenizer, model = load_tokenizer(sorting_model.path), load_model(sorting_model.path, "float32").eval()
-    (stop,) = sorting_model.facts.stop_token_ids
+    stop = tokenizer.eos_token_id
     chances: dict[tuple[str, str], float] = {}
     labels: dict[tuple[str, str], int] = {}
     answers = answers_of(labelled["train"])

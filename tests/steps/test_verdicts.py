@@ -183,4 +183,4 @@ def test_processors_differ_by_what_they_can_do() -> None:
     assert arm.level == "NEON"
     here = this_processor()
     assert here.identity == Processor(here.architecture, here.model, here.features).identity
-    assert here.identity != Processor(here.architecture, here.model, here.features | {"amx_tile"}).identity
+    assert here.identity != Processor(here.architecture, here.model, here.features ^ {"amx_tile"}).identity
