@@ -8,17 +8,48 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from uuid import UUID
 
 from flows.team.state import prefect_url
 from registry.home import Home, silence_telemetry
+from registry.index import Index
 from steps.frame import UserError
 from steps.frame.forkserver import die_with_parent
 
 _START_TIMEOUT = 90
+STARTING = "prefect"
+"""Name of the lock on Prefect's database while a server makes or migrates its tables."""
+
+
+class Readiness:
+    """Whether a server answers yet; it is waited for in a thread of its own."""
+
+    def __init__(self, wait: Callable[[], None] | None = None) -> None:
+        """Wait in the background; without `wait` it answers already."""
+        self._error: UserError | None = None
+        self._wait = wait
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="prefect-server-watch")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return once it answers.
+
+        Raises:
+            UserError: it did not start.
+        """
+        self._thread.join()
+        if self._error:
+            raise self._error
+
+    def _watch(self) -> None:
+        try:
+            if self._wait:
+                self._wait()
+        except UserError as error:
+            self._error = error
 
 
 class LocalServer:
@@ -32,10 +63,14 @@ class LocalServer:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}/api"
         self.process: subprocess.Popen[bytes] | None = None
+        # The servers of runs at one time share the database: only one may make its tables.
+        self._starting = ExitStack()
+        self._lock = Index(home.index).lock(STARTING)
 
     def start(self) -> None:
         """Start it; returns before it answers. Must be called from a thread that lives as long as the run."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._starting.enter_context(self._lock)
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
                 server_command(self.port),
@@ -56,10 +91,11 @@ class LocalServer:
         process = self.process
         assert process is not None, "start() comes first"
         deadline = time.monotonic() + _START_TIMEOUT
-        while not is_healthy(self.url):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise UserError(f"the local Prefect server did not start; see {self.folder / 'server.log'}")
-            time.sleep(0.1)
+        with self._starting:
+            while not is_healthy(self.url):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise UserError(f"the local Prefect server did not start; see {self.folder / 'server.log'}")
+                time.sleep(0.1)
 
     def stop(self) -> None:
         """Stop it and wait for its end."""
@@ -74,18 +110,16 @@ class LocalServer:
 
 
 @contextmanager
-def prefect_api(home: Home) -> Iterator[tuple[str, threading.Event]]:
-    """Yield the API's URL and an event that is set once it answers; a server of our own ends with the context.
+def prefect_api(home: Home) -> Iterator[tuple[str, Readiness]]:
+    """Yield the API's URL, and what waits until it answers; a server of our own ends with the context.
 
     A server named by `PREFECT_API_URL`, or the one that `posttrain up` started, is used where it answers.
     """
-    ready = threading.Event()
     url = os.environ.get("PREFECT_API_URL") or prefect_url(home)
     if url and is_healthy(url):
-        ready.set()
         os.environ["PREFECT_API_URL"] = url
         os.environ.setdefault("PREFECT_HOME", str(home.root / "prefect"))
-        yield url, ready
+        yield url, Readiness()
         return
     if os.environ.get("PREFECT_API_URL"):
         raise UserError(f"PREFECT_API_URL={url}: no Prefect server answers there; start it, or unset the variable")
@@ -94,7 +128,7 @@ def prefect_api(home: Home) -> Iterator[tuple[str, threading.Event]]:
     os.environ["PREFECT_API_URL"] = server.url
     os.environ["PREFECT_HOME"] = str(server.folder)
     try:
-        yield server.url, _set_when_up(server, ready)
+        yield server.url, Readiness(server.wait)
     finally:
         os.environ.pop("PREFECT_API_URL", None)
         server.stop()
@@ -166,17 +200,6 @@ def free_port(wanted: int = 0) -> int:
         except OSError:
             return free_port()
         return int(probe.getsockname()[1])
-
-
-def _set_when_up(server: LocalServer, ready: threading.Event) -> threading.Event:
-    def watch() -> None:
-        try:
-            server.wait()
-        finally:
-            ready.set()
-
-    threading.Thread(target=watch, daemon=True, name="prefect-server-watch").start()
-    return ready
 
 
 def _become_child() -> None:

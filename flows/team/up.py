@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from flows.servers import free_port, server_command, server_environment
+from flows.servers import STARTING, free_port, server_command, server_environment
 from flows.team import processes
 from flows.team.down import stop
 from flows.team.state import MLFLOW, PREFECT, WORKER, Running, Team, folder
@@ -53,16 +53,18 @@ def up(home: Home, say: Callable[[str], None]) -> Team:
 def _start(home: Home, say: Callable[[str], None]) -> Team:
     """Start the servers side by side, then the deployments, then the worker."""
     team = Team(root=Path.cwd())
-    team.services[PREFECT] = _start_prefect(home)
-    team.write(home)
-    if not home.has_server:
-        # Two processes must not both make MLflow's tables; `registry.tracking` takes the same lock.
-        with Index(home.index).lock("database"):
-            team.services[MLFLOW] = _start_mlflow(home)
-            team.write(home)
-            processes.wait_for("MLflow", team.services[MLFLOW], f"{team.url(MLFLOW)}/health")
-        say(f"MLflow   {team.url(MLFLOW)}")
-    processes.wait_for("Prefect", team.services[PREFECT], f"{team.url(PREFECT)}/api/health")
+    # Two processes must not both make the tables of one database; `flows.servers` and `registry.tracking` take the
+    # same locks.
+    with Index(home.index).lock(STARTING):
+        team.services[PREFECT] = _start_prefect(home)
+        team.write(home)
+        if not home.has_server:
+            with Index(home.index).lock("database"):
+                team.services[MLFLOW] = _start_mlflow(home)
+                team.write(home)
+                processes.wait_for("MLflow", team.services[MLFLOW], f"{team.url(MLFLOW)}/health")
+            say(f"MLflow   {team.url(MLFLOW)}")
+        processes.wait_for("Prefect", team.services[PREFECT], f"{team.url(PREFECT)}/api/health")
     say(f"Prefect  {team.url(PREFECT)}")
     _deploy(team, home, say, fresh=True)
     team.services[WORKER] = _start_worker(home, team.url(PREFECT))

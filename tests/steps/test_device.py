@@ -22,7 +22,9 @@ def test_a_granted_gpu_is_used_and_one_that_was_not_asked_for_is_left_alone(monk
 
 def test_every_step_that_loads_a_model_says_where_it_computes() -> None:
     """A file that loads weights moves them, or leaves it to who moves them: none forgets it, as two steps did."""
-    moves = re.compile(r"own_device|granted_device|device_map|TransformersRuntime|use_cpu|Trainer|Distillation|_loaded\(")
+    moves = re.compile(
+        r"own_device|granted_device|device_map|TransformersRuntime|use_cpu|Trainer|Distillation|_loaded\("
+    )
     loads = re.compile(r"(?<!def )\b(load_model|load_gptq|load_reward_model|load_four_bit)\(")
     silent = []
     for path in sorted(Path(steps.__path__[0]).rglob("*.py")):
