@@ -10,6 +10,7 @@ from calibration_rows import conversations, publish_conversations
 from variants import replace, variant
 
 from steps.artifacts import Dataset, Quantized
+from steps.evaluate._runtimes import LlamaCppRuntime, TransformersRuntime
 from steps.lm.chat import render, token_ids
 from steps.lm.checkpoint import chat_template, load_model, load_tokenizer
 from steps.lm.llama_cpp import GgufModel
@@ -88,6 +89,21 @@ def test_it_generates_what_its_logits_say_and_stops(q8: Quantized, pico: Any) ->
         assert len(file.generate(prompt, 1000)) <= 64 - len(prompt)
         with pytest.raises(ValueError, match="do not fit"):
             file.logits(list(range(3, 68)))
+
+
+def test_both_runtimes_stop_where_the_facts_say_and_tell_where_else_one_would(q8: Quantized, pico: Any) -> None:
+    """Else a score would tell of the runtime: llama.cpp knows ends by their text, whatever the checkpoint says."""
+    prompt = token_ids(load_tokenizer(pico.path), "    def __init__(self")
+    (answer,) = LlamaCppRuntime(q8.gguf_file, 64, 2, [1]).generate([prompt], 12).answers
+    stops = [answer[3]]
+    llama = LlamaCppRuntime(q8.gguf_file, 64, 2, stops)
+    torch = TransformersRuntime(load_model(pico.path, "float32"), pico.path, stops)
+    assert (
+        llama.generate([prompt], 12).answers
+        == torch.generate([prompt], 12).answers
+        == [answer[: answer.index(stops[0])]]
+    )
+    assert set(llama.more_stops) == set(pico.facts.stop_token_ids) - {*stops} and torch.more_stops == ()
 
 
 def test_the_same_model_elsewhere_gives_the_same_bytes(
