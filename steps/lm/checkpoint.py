@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -116,6 +116,21 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
     # The tokenizers library raises bare exceptions.
     except Exception as error:
         raise UserError(f"{directory}: its tokenizer cannot be loaded ({str(error).splitlines()[0]})") from error
+
+
+def give_padding(tokenizer: "PreTrainedTokenizerFast", stop_token_ids: Sequence[int]) -> None:
+    """Give a tokenizer without a padding token one that ends nothing.
+
+    The end token, which libraries take, will not do: who looks for the last token that is no padding, as classifiers
+    and reward models do, would then look before the end of an answer, and not tell one that was cut off from a whole.
+    """
+    if tokenizer.pad_token is not None:
+        return
+    own: Any = tokenizer.eos_token_id
+    ends = {*stop_token_ids, own}
+    special = [token for token in sorted(tokenizer.all_special_ids) if token not in ends]
+    least = next(token for token in range(len(tokenizer)) if token not in ends)
+    tokenizer.pad_token = str(tokenizer.convert_ids_to_tokens(special[0] if special else least))
 
 
 def load_model(directory: Path, dtype: Dtype) -> "PreTrainedModel":

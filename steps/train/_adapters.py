@@ -210,11 +210,14 @@ def trained_draft(
     import torch
     from safetensors.torch import load_file
 
+    from steps.train._divergence import check_finite
+
     base, method, dtype = config.model, config.adapter, config.dtype
     model = whole_model(trainer, model, lambda: trainable_model(base, method, dtype))
     out = job.output()
     if best:
         model.load_state_dict(load_file(best), strict=False)
+    check_finite(job, model)
     if isinstance(method, Full):
         model.to(dtype=getattr(torch, dtype))  # pyright: ignore[reportCallIssue]
         save_model(model, tokenizer, out)

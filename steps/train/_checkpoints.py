@@ -20,13 +20,20 @@ def checkpoints(job: Job) -> Path:
 
 
 def train(trainer: "Trainer", job: Job) -> None:
-    """Train to the end, resuming from the last complete checkpoint where an earlier attempt left one."""
+    """Train to the end, resuming from the last complete checkpoint where an earlier attempt left one.
+
+    Raises:
+        ProofFailed: the training diverged.
+    """
     if getattr(trainer.model, "is_loaded_in_4bit", False):
         _widen(trainer.model)
     if trainer.args.optim_args == MUON:
         from steps.train._muon import muon_for
 
         trainer.optimizer = muon_for(trainer.model, trainer.args.learning_rate, trainer.args.weight_decay)
+    from steps.train._divergence import FailOnDivergence
+
+    trainer.add_callback(FailOnDivergence(job))
     last = last_checkpoint(checkpoints(job))
     if last:
         job.log.info("resuming from %s", last.name)

@@ -53,9 +53,10 @@ class HeldOut(TrainerCallback):
         self._read_best()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Measure the model as it came, unless an earlier attempt did."""
-        if not state.global_step:
-            self._look(0, control)
+        """Measure the model as it came; after a restart, as it is where that look failed or was lost."""
+        due = state.global_step % self.config.eval_steps == 0
+        if not state.global_step or (due and state.global_step not in dict(self.history)):
+            self._look(state.global_step, control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Look every `eval_steps`."""

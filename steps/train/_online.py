@@ -53,8 +53,13 @@ class Guard(TrainerCallback):
         self._state = random_state()
 
     def save(self, trainer: Trainer, job: Job) -> None:
-        """Save a checkpoint of the last finished step, where there is one."""
-        if trainer.state.global_step and trainer.model is not None:
+        """Save a checkpoint of the last finished step, where there is one that can be gone on from.
+
+        Within a batch of rollouts there is none: what is left of the batch would be sampled anew, by another model.
+        """
+        args: Any = trainer.args
+        window = args.num_iterations * args.steps_per_generation // args.gradient_accumulation_steps
+        if trainer.state.global_step and trainer.state.global_step % window == 0 and trainer.model is not None:
             set_random_state(self._state)
             trainer._save_checkpoint(trainer.model, trial=None)
             job.log.info("saved a checkpoint of step %d before stopping", trainer.state.global_step)
@@ -68,7 +73,8 @@ def run(trainer: Trainer, job: Job, audits: Audits) -> None:
         ProofFailed: a condition is met under which the step has failed.
     """
     guard = Guard()
-    trainer.add_callback(guard)
+    # Before all others: who fails at a step's end, as a look at held-out tasks may, fails after it was remembered.
+    trainer.callback_handler.callbacks.insert(0, guard)
     if last := last_checkpoint(checkpoints(job)):
         state = TrainerState.load_from_json(str(last / "trainer_state.json"))
         if condition := audits.resume(state.global_step):

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from steps.artifacts import Draft, Model, Preferences
 from steps.frame import Input, Job, UserError
-from steps.lm.checkpoint import load_model, load_tokenizer
+from steps.lm.checkpoint import give_padding, load_model, load_tokenizer
 from steps.train._adapters import Full, trainable_model, trained_draft
 from steps.train._checkpoints import checkpoints, train
 from steps.train._preference_rate import preference_rate
@@ -48,12 +48,12 @@ def prepare(config: PreferenceTraining, job: Job) -> Prepared:
 
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model.path)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    give_padding(tokenizer, config.model.facts.stop_token_ids)
     arguments = {
         **common_arguments(config, checkpoints(job)),
         "per_device_eval_batch_size": config.batch_size,
         "eval_on_start": config.eval is not None,
+        "disable_dropout": not config.has_dropout,
     }
     model = trainable_model(config.model, config.adapter, config.dtype)
     return Prepared(model, tokenizer, Encoder(tokenizer, config.model, config.max_tokens, job), arguments)

@@ -1,8 +1,10 @@
 """How often a model prefers the chosen answer: by its own probabilities, whatever it was trained with."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from steps.frame.errors import ProofFailed
 from steps.train._preference_tokens import Pair
 
 if TYPE_CHECKING:
@@ -11,8 +13,14 @@ if TYPE_CHECKING:
 
 
 def preference_rate(model: "PreTrainedModel", pairs: Sequence[Pair], batch_size: int = 8) -> float:
-    """Return the share of pairs, at least one, whose chosen answer has the higher probability."""
+    """Return the share of pairs, at least one, whose chosen answer has the higher probability.
+
+    Raises:
+        ProofFailed: the model gives no numbers.
+    """
     margins = log_probability_margins(model, pairs, batch_size)
+    if broken := sum(not math.isfinite(margin) for margin in margins):
+        raise ProofFailed(f"the model's probabilities of {broken} of {len(pairs)} held-out pairs are no numbers")
     return sum(margin > 0 for margin in margins) / len(margins)
 
 

@@ -37,7 +37,12 @@ def outcome_trainer(
     held_out = Preferences.of(config.eval) if config.eval else None
     return RewardTrainer(
         model=model,
-        args=RewardConfig(**arguments, max_length=None, center_rewards_coefficient=config.centre or None),
+        args=RewardConfig(
+            **arguments,
+            max_length=None,
+            center_rewards_coefficient=config.centre or None,
+            disable_dropout=not config.has_dropout,
+        ),
         train_dataset=_whole_answers(encoder.pairs(Preferences.of(config.data), "data")),
         eval_dataset=_whole_answers(encoder.pairs(held_out, "eval")) if held_out else None,
         processing_class=tokenizer,

@@ -14,7 +14,7 @@ from steps.frame.errors import did_you_mean
 from steps.lm.chat import render, token_ids
 from steps.lm.checkpoint import load_tokenizer
 from steps.lm.tasks import Task, read_tasks
-from steps.train._adapters import trainable_model, trained_draft
+from steps.train._adapters import Full, trainable_model, trained_draft
 from steps.train._checkpoints import checkpoints
 from steps.train._settings import Training, common_arguments
 from steps.train._stopping import HELD_OUT, LOGGED, MEASURED, StopCondition
@@ -117,8 +117,23 @@ class RlTraining(Training):
                 f"batch_size · accumulation · updates_per_rollout = {answers} answers do not divide into groups of "
                 f"{self.group_size} (group_size)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _reference(self) -> "RlTraining":
+        """TRL's reference is the model with its adapter off, or with a copy of it that stays as it was."""
         if self.sync_reference and not self.kl:
             raise ValueError("sync_reference: there is no reference without `kl`; set it above 0")
+        if self.sync_reference and not isinstance(self.adapter, Full):
+            raise ValueError(
+                "sync_reference: an adapter's reference is its base, which stays; leave it out, or train all weights "
+                "(adapter: {kind: full})"
+            )
+        if self.kl and not isinstance(self.adapter, Full) and not self.adapter.keeps_base:
+            raise ValueError(
+                f"kl: a {self.adapter.kind} adapter changes its base, so that there is no reference to diverge from; "
+                "set kl: 0, or another kind of adapter"
+            )
         return self
 
     @model_validator(mode="after")

@@ -88,6 +88,11 @@ class Training(StepConfig):
         four_bit = not isinstance(self.adapter, Full) and self.adapter.four_bit
         return ("bitsandbytes",) if four_bit else ()
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether the adapter drops inputs: TRL's preference trainers turn all dropout off, unless told not to."""
+        return getattr(self.adapter, "dropout", 0.0) > 0
+
     def produced(self) -> type[Artifact]:
         """Kind of the output: it depends on what is trained."""
         return Model if isinstance(self.adapter, Full) else Adapter
@@ -123,6 +128,8 @@ def common_arguments(config: Training, checkpoints: Path) -> dict[str, Any]:
         "save_total_limit": 1,
         "logging_steps": 5,
         "logging_first_step": True,
+        # transformers would log a loss that is no number as the mean of the others, and train on.
+        "logging_nan_inf_filter": False,
         "seed": config.seed,
         "data_seed": config.seed,
         "use_cpu": not torch.cuda.is_available(),

@@ -57,7 +57,39 @@ def grouped_order(lengths: Sequence[int], batch_size: int, generator: torch.Gene
 
 
 class SupervisedTrainer(SFTTrainer):
-    """`SFTTrainer` that orders rows of like length by `LikeLengths`."""
+    """`SFTTrainer` that orders rows of like length by `LikeLengths` and weighs a held-out loss by its tokens.
+
+    transformers takes the mean of the batches' means: a short answer alone in its batch counts as much as a batch of
+    long ones, so that the loss, and with it the checkpoint that is chosen, depends on the size of a batch.
+    """
+
+    _losses: list[tuple[float, int]]
+    """Mean loss and number of learned tokens of each held-out batch that was seen."""
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what transformers does, its loss replaced by the mean over all tokens, of all processes."""
+        self._losses = []
+        output = super().evaluation_loop(*args, **kwargs)
+        sums = torch.tensor(
+            [sum(loss * count for loss, count in self._losses), sum(count for _, count in self._losses)],
+            dtype=torch.float32 if self.args.device.type == "mps" else torch.float64,
+            device=self.args.device,
+        )
+        reduced: Any = self.accelerator.reduce(sums)
+        total, tokens = reduced.tolist()
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        if tokens and output.metrics and f"{prefix}_loss" in output.metrics:
+            output.metrics[f"{prefix}_loss"] = total / tokens
+        return output
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Note the loss of a held-out batch beside its tokens."""
+        # The first token of a row is predicted from nothing.
+        tokens = int((inputs["labels"][:, 1:] != -100).sum())
+        found = super().prediction_step(model, inputs, *args, **kwargs)
+        if found[0] is not None and tokens:
+            self._losses.append((found[0].item(), tokens))
+        return found
 
     def _get_train_sampler(self, train_dataset: Any = None) -> "Sampler[int] | None":
         if self.args.train_sampling_strategy != "group_by_length":

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from steps.artifacts import Artifact, Draft, Preferences, RewardModel, Samples
 from steps.frame import Input, Job, Resources, UserError, step
-from steps.lm.checkpoint import load_tokenizer, model_facts, save_model
+from steps.lm.checkpoint import give_padding, load_tokenizer, model_facts, save_model
 from steps.train._adapters import Full
 from steps.train._checkpoints import checkpoints, train
 from steps.train._divided import whole_model
@@ -63,13 +63,13 @@ def train_reward(config: TrainReward, job: Job) -> Draft:
     """Train, resuming from the last complete checkpoint where an earlier attempt left one; merge and save."""
     from transformers import set_seed
 
+    from steps.train._divergence import check_finite
     from steps.train._preference_reward import outcome_trainer, process_trainer
 
     _check_kinds(config, job)
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model.path)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    give_padding(tokenizer, config.model.facts.stop_token_ids)
     model = _classifier(config, tokenizer)
     arguments = {
         **common_arguments(config, checkpoints(job)),
@@ -82,6 +82,7 @@ def train_reward(config: TrainReward, job: Job) -> Draft:
     if config.eval is not None:
         trainer.evaluate()
     trained = whole_model(trainer, model, lambda: _classifier(config, tokenizer))
+    check_finite(job, trained)
     return _draft(config, trained, tokenizer, job.output())
 
 

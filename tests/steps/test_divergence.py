@@ -1,0 +1,83 @@
+"""A training that diverged ends in a sentence, never in an artifact; dropout that was asked for is not turned off."""
+
+import itertools
+from typing import Any
+
+import pytest
+
+from steps.artifacts import Model, Preferences, PreferencesFacts
+from steps.frame import load_kind
+from steps.frame.errors import ProofFailed
+from steps.lm.checkpoint import load_model
+from steps.train._preference_rate import preference_rate
+from steps.train._preference_tokens import Pair
+from tests.conftest import Bench
+from tests.steps.conftest import publish, sort_row
+from tests.steps.untrained import untrained
+
+WILD = {"max_steps": 12, "batch_size": 4, "warmup": 0, "schedule": "constant_with_warmup", "dtype": "float32"}
+TRAINERS = ["train.sft", "train.dpo", "train.kto", "train.orpo", "train.reward"]
+
+
+@pytest.fixture(scope="module")
+def model(bench: Bench) -> Model:
+    return untrained(bench, 31)
+
+
+@pytest.fixture(scope="module")
+def compared(bench: Bench) -> Preferences:
+    """Which way digits are sorted."""
+    rows = []
+    for digits in itertools.islice(itertools.permutations(range(5), 3), 24):
+        prompt, answer = sort_row(digits)["messages"]
+        worse = sort_row(digits, upward=False)["messages"][1]["content"]
+        pair = {"chosen": answer["content"], "rejected": worse, "source": "sorting"}
+        rows.append({"id": str(digits), "prompt": [prompt], **pair})
+    return publish(bench, Preferences, "few", rows, PreferencesFacts(rows=len(rows), paired=True))
+
+
+def data_for(kind: str, sorting: Any, compared: Preferences) -> Any:
+    return sorting["eval"] if kind == "train.sft" else compared
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_a_training_that_diverges_fails(
+    bench: Bench, sorting: Any, compared: Preferences, model: Model, kind: str, adapter: str
+) -> None:
+    inputs = {"model": model, "data": data_for(kind, sorting, compared)}
+    result = bench.attempt(kind, inputs, adapter={"kind": adapter}, learning_rate=1e30, max_grad_norm=1e30, **WILD)
+    assert result.status == "failed", result
+    assert "the training diverged" in result.message and "lower `learning_rate`" in result.message
+
+
+def test_a_preference_that_is_no_number_is_no_figure(model: Model) -> None:
+    broken: Any = load_model(model.path, "float32")
+    broken.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(ProofFailed, match="of 1 of 1 held-out pairs are no numbers"):
+        preference_rate(broken, [Pair([1, 5], [6, 2], [7, 2])])
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_the_adapters_dropout_is_felt_by_every_trainer(
+    bench: Bench, sorting: Any, compared: Preferences, model: Model, kind: str
+) -> None:
+    inputs = {"model": model, "data": data_for(kind, sorting, compared)}
+    digests = set()
+    for dropout in (0.0, 0.5):
+        settings = {**WILD, "max_steps": 2, "learning_rate": 1e-3, "adapter": {"kind": "lora", "dropout": dropout}}
+        digests.add(bench.run(kind, inputs, **settings)[""].manifest.tree)
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize("kind", ["train.grpo", "train.rloo"])
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"adapter": {"kind": "pissa"}, "kl": 0.1}, "a pissa adapter changes its base"),
+        ({"kl": 0.1, "sync_reference": {}}, "an adapter's reference is its base"),
+    ],
+)
+def test_a_reference_that_would_be_another_is_refused(kind: str, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        load_kind(kind).config.model_validate({"model": "m", "data": "d", "rewards": [{"kind": "exact"}], **settings})
