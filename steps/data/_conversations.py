@@ -1,7 +1,8 @@
 """Rows of any known layout as conversations: messages with roles, ending in the assistant's turn."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, Literal
 
 from steps.artifacts.manifest import canonical_json
@@ -36,13 +37,12 @@ class Conversation:
     @property
     def id(self) -> str:
         """16 hex digits of the sha256 over the messages: the same text has the same id in every data set."""
-        return hexdigest(canonical_json(self.messages))[:16]
+        return conversation_id(self.messages)
 
     @property
     def opening(self) -> str:
-        """Digest of what comes before the assistant's first turn: rows that share it are answers to one question."""
-        first = next(index for index, (role, _) in enumerate(self.messages) if role == "assistant")
-        return hexdigest(canonical_json(self.messages[:first]))[:16]
+        """See `opening_of`."""
+        return opening_of(self.messages)
 
     @property
     def text(self) -> str:
@@ -60,6 +60,27 @@ class Conversation:
         """Return the row of a Dataset."""
         row = {"id": self.id, "messages": self.as_messages(), "source": self.source}
         return row if self.task is None else {**row, "task": self.task}
+
+
+def conversation_id(messages: Sequence[tuple[str, str]]) -> str:
+    """Return the id of a conversation, given as role and content of each message."""
+    return hexdigest(canonical_json(messages))[:16]
+
+
+def row_id(row: Mapping[str, Any]) -> str:
+    """Return the id that a row of a Dataset has by its messages."""
+    return conversation_id([(message["role"], message["content"]) for message in row["messages"]])
+
+
+def opening_of(messages: Iterable[tuple[str, str]]) -> str:
+    """Return the digest of what stands before the assistant's first turn: who shares it answers one question.
+
+    System messages do not count, nor do letters' case and white space: as for duplicates, what differs in these alone
+    is the same.
+    """
+    before = takewhile(lambda message: message[0] != "assistant", messages)
+    asked = [(role, " ".join(content.casefold().split())) for role, content in before if role != "system"]
+    return hexdigest(canonical_json(asked))[:16]
 
 
 def conversation(
@@ -97,7 +118,8 @@ def conversation(
     task = row.values.get("task")
     if group is not None and group not in row.values:
         raise _no_column(group, row)
-    together = None if group is None else str(row.values[group])
+    # A row without a value belongs with no other, not with all that have none.
+    together = None if group is None or row.values[group] in (None, "") else str(row.values[group])
     own_task = task if isinstance(task, Mapping) else None
     return Conversation(tuple(messages), source, row.where, own_task, together, unlearned)
 

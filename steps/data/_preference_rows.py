@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from steps.artifacts import Draft, Preferences, PreferencesFacts
 from steps.artifacts.manifest import canonical_json
-from steps.data._conversations import content_of, message_list
+from steps.data._conversations import content_of, message_list, opening_of
 from steps.data._hashing import hexdigest
 from steps.frame.errors import UserError, did_you_mean
 from steps.sources.rows import SourceRow
@@ -32,6 +32,7 @@ class Preference:
     chosen: str | None
     rejected: str | None
     source: str
+    group: None = None
 
     @property
     def id(self) -> str:
@@ -42,6 +43,11 @@ class Preference:
     def prompt_id(self) -> str:
         """16 hex digits of the sha256 over the prompt alone."""
         return hexdigest(canonical_json(self.prompt))[:16]
+
+    @property
+    def opening(self) -> str:
+        """See `opening_of`."""
+        return opening_of(self.prompt)
 
     @property
     def text(self) -> str:

@@ -78,8 +78,8 @@ def judge_samples(config: JudgeSamples, job: Job) -> Draft:
                 wrong += better[2] < worse[2]
     if not rows:
         raise UserError(
-            f"step `{job.name}`: none of the {tasks} tasks has two answers that differ by more than "
-            f"min_margin: {config.min_margin:g}; sample more answers a task, or lower it"
+            f"step `{job.name}`: none of the {tasks} tasks has two answers that ended and differ by more than "
+            f"min_margin: {config.min_margin:g}; sample more answers a task, raise its max_new_tokens, or lower it"
         )
     statistics = {
         "tasks": float(tasks),
@@ -119,9 +119,13 @@ def _ranker(config: JudgeSamples) -> "Ranker":
 
 
 def _ranked(data: Samples, ranker: "Ranker", job: Job) -> Iterator[list[Ranked]]:
-    """Yield each task's different answers with their scores; where all are one text there is nothing to rank."""
+    """Yield each task's different answers that ended, with their scores; where all are one text there is no ranking."""
     for _, rollouts, verified in read_rollouts(data):
-        different = {rollout.text.strip(): (rollout, score) for rollout, score in zip(rollouts, verified, strict=True)}
+        # One that ran out of tokens would be learned as if it ended there; an empty one teaches nothing.
+        whole = [
+            pair for pair in zip(rollouts, verified, strict=True) if not pair[0].truncated and pair[0].text.strip()
+        ]
+        different = {rollout.text.strip(): (rollout, score) for rollout, score in whole}
         if len(different) < 2:
             yield []
             continue

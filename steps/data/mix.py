@@ -1,11 +1,13 @@
 """`data.mix`: several data sets in given shares, with thinking or without."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from steps.artifacts import Dataset, DatasetFacts, Draft
+from steps.data._conversations import row_id
 from steps.data._hashing import uniform
 from steps.frame import Input, Job, Resources, StepConfig, UserError, step
 from steps.lm.rows import read_jsonl, write_jsonl
@@ -61,7 +63,8 @@ def mix_data(config: MixData, job: Job) -> Draft:
     ]
     rows = [row for _, _, row in sorted(drawn, key=lambda each: each[:2])]
     if config.union:
-        rows = list({row["id"]: row for row in rows}.values())
+        rows = list({row_id(row): row for row in rows}.values())
+    rows = _with_ids_of_their_own(rows)
     _tell_left_out(job, counts, available)
     out = job.output()
     write_jsonl(out / "rows.jsonl", rows)
@@ -69,6 +72,19 @@ def mix_data(config: MixData, job: Job) -> Draft:
     statistics["thinking"] = float(sum(thinks(row) for row in rows))
     job.log_metrics({"rows": len(rows), **statistics})
     return Dataset.draft(out, DatasetFacts(rows=len(rows), statistics=statistics))
+
+
+def _with_ids_of_their_own(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows, an id that came before replaced by that of the row's own messages, numbered where need be."""
+    seen: set[str] = set()
+    found = []
+    for row in rows:
+        own = row["id"] if row["id"] not in seen else row_id(row)
+        numbered = (f"{own}-{number}" for number in itertools.count(2))
+        name = own if own not in seen else next(each for each in numbered if each not in seen)
+        seen.add(name)
+        found.append({**row, "id": name})
+    return found
 
 
 def _tell_left_out(job: Job, counts: Sequence[int], available: Sequence[int]) -> None:

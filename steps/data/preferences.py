@@ -1,9 +1,10 @@
 """`data.preferences`: from raw preference rows to a training and an evaluation set in one form, without duplicates."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from steps.artifacts import Draft, Preferences
 from steps.data._duplicates import without_exact
@@ -15,6 +16,7 @@ from steps.data._preference_rows import (
     preference_statistics,
     preferences_draft,
 )
+from steps.data._sides import check_shares, check_sides, sides_by_id
 from steps.frame import Job, Resources, Source, StepConfig, UserError, step
 from steps.sources import read_rows
 
@@ -27,17 +29,25 @@ class PreparePreferences(StepConfig):
     columns: PreferenceColumns = {}
     """Columns of another layout: `{chosen: better, rejected: worse}`."""
     eval_fraction: float = Field(default=0.05, ge=0, lt=1)
-    """Share of prompts held out. All rows of one prompt are on one side, which its text and the seed alone decide."""
+    """Share of prompts held out for choices. All rows of one opening (what stands before the assistant's first turn)
+    are on one side, the same as in data.prepare with these fractions and this seed."""
+    test_fraction: float = Field(default=0, ge=0, lt=1)
+    """Share of prompts held out for the figures that are quoted, as the output `test`."""
     limit: int | None = Field(default=None, ge=1)
     """Most rows to keep, chosen by hash."""
     system: str | None = None
     """System message for rows that have none."""
     seed: int = 0
 
+    @model_validator(mode="after")
+    def _leaves_rows_to_learn(self) -> Self:
+        check_shares(self.eval_fraction, self.test_fraction)
+        return self
+
 
 @step(
     "data.preferences",
-    produces={"train": Preferences, "eval": Preferences},
+    produces={"train": Preferences, "eval": Preferences, "test": Preferences},
     reference="https://arxiv.org/abs/2203.02155",
     libraries=("pyarrow",),
     resources=Resources(cpus=1),
@@ -47,13 +57,11 @@ def prepare_preferences(config: PreparePreferences, job: Job) -> dict[str, Draft
     rows = list(_rows(config, job))
     unique, duplicates = without_exact(rows)
     kept = sorted(unique, key=lambda row: uniform(config.seed, "sample", row.id))[: config.limit]
-    sides: dict[str, list[Preference]] = {"train": [], "eval": []}
-    for row in kept:
-        held_out = uniform(config.seed, "side", row.prompt_id) < config.eval_fraction
-        sides["eval" if held_out else "train"].append(row)
+    side_of = sides_by_id(kept, config.seed, config.eval_fraction, config.test_fraction)
+    sides = {side: [row for row in kept if side_of[row.id] == side] for side in ("train", "eval", "test")}
     _check_sides(config, sides, len(rows))
     counts = {"rows_read": float(len(rows)), "exact_duplicates": float(duplicates)}
-    numbers = {name: float(len(part)) for name, part in sides.items()}
+    numbers = {name: float(len(part)) for name, part in sides.items() if part or name != "test"}
     job.log_metrics({**counts, **numbers, **preference_statistics(kept)})
     return {
         name: preferences_draft(job.output(name), part, {**counts, **preference_statistics(part)})
@@ -76,14 +84,4 @@ def _check_sides(config: PreparePreferences, sides: dict[str, list[Preference]],
     source = config.source if isinstance(config.source, str) else ", ".join(config.source)
     if not read:
         raise UserError(f"{source}: there are no rows")
-    if not sides["train"]:
-        raise UserError(f"{source}: all {len(sides['eval'])} rows fell to the evaluation set; lower `eval_fraction`")
-    if config.eval_fraction and not sides["eval"]:
-        raise UserError(
-            f"{source}: none of the {_prompts(sides['train'])} prompts fell to the evaluation set; raise "
-            "`eval_fraction`, or set it to 0 to do without one"
-        )
-
-
-def _prompts(rows: Sequence[Preference]) -> int:
-    return len({row.prompt_id for row in rows})
+    check_sides(source, sides, {"eval": config.eval_fraction, "test": config.test_fraction})

@@ -11,6 +11,7 @@ from steps.artifacts import Dataset, DatasetFacts, Draft, Model
 from steps.data._conversations import Columns, Conversation, conversation
 from steps.data._duplicates import without_exact, without_near
 from steps.data._hashing import uniform
+from steps.data._sides import check_shares, check_sides, sides_by_id
 from steps.frame import Follows, Input, Job, Resources, Source, StepConfig, UserError, step
 from steps.sources import read_rows
 
@@ -34,7 +35,7 @@ class PrepareData(StepConfig):
     eval_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Share of rows held out for choices (checkpoints, candidates), by hash and seed. Rows that answer one question
     (whose messages are the same up to the assistant's first turn) are on the same side: of one data set, and of all
-    that are split with one seed and the same fractions."""
+    that are split with one seed, the same fractions and no `group`."""
     test_fraction: float = Field(default=0, ge=0, lt=1)
     """Share of rows held out for the figures that are quoted, as the output `test`: nothing is chosen by them."""
     group: str | None = None
@@ -51,8 +52,7 @@ class PrepareData(StepConfig):
 
     @model_validator(mode="after")
     def _leaves_rows_to_learn(self) -> Self:
-        if self.eval_fraction + self.test_fraction >= 1:
-            raise ValueError("eval_fraction and test_fraction leave no rows to learn from; make their sum less than 1")
+        check_shares(self.eval_fraction, self.test_fraction)
         return self
 
 
@@ -89,36 +89,6 @@ def prepare_data(config: PrepareData, job: Job) -> dict[str, Draft]:
     job.log_metrics({**counts, **sizes, **percentiles(kept, unit)})
     job.log_figure(f"{unit}_per_row", _histogram(sides, unit))
     return {name: _write(job, name, part, counts, unit, config.model) for name, part in sides.items()}
-
-
-def sides_by_id(rows: Sequence[Conversation], seed: int, for_eval: float, for_test: float) -> dict[str, str]:
-    """Return on which side each row is, by its id, where these shares are held out.
-
-    What belongs together is on one side: rows hang together by their opening and by their group, directly or through
-    others. The side of each such set depends on the smallest of its groups, or of its openings where it has none: not
-    on the answers, so that a question stays where it is when it is answered anew, or otherwise in another file.
-    """
-    above: dict[str, str] = {}
-
-    def top(name: str) -> str:
-        while above.setdefault(name, name) != name:
-            name = above[name]
-        return name
-
-    for row in rows:
-        for name in (f"opening {row.opening}", *([f"group {row.group}"] if row.group is not None else [])):
-            above[top(name)] = top(row.id)
-    sets: dict[str, list[Conversation]] = {}
-    for row in rows:
-        sets.setdefault(top(row.id), []).append(row)
-    found = {}
-    for together in sets.values():
-        groups = [row.group for row in together if row.group is not None]
-        at = uniform(seed, "side", min(groups or [row.opening for row in together]))
-        # A test set takes nothing from the evaluation set, nor the other way round.
-        side = "eval" if at < for_eval else "test" if at >= 1 - for_test else "train"
-        found.update((row.id, side) for row in together)
-    return found
 
 
 def percentiles(rows: Sequence[Measured], unit: str) -> dict[str, float]:
@@ -218,18 +188,7 @@ def _check_sides(config: PrepareData, sides: dict[str, list[Measured]], counts: 
             f"; all {counts['too_long']} are longer than max_tokens: {config.max_tokens}" if counts["too_long"] else ""
         )
         raise UserError(f"{source}: no rows are left of the {counts['rows_read']} read{why}")
-    if not sides["train"]:
-        held_out = len(sides["eval"]) + len(sides["test"])
-        raise UserError(
-            f"{source}: all {held_out} rows fell to the evaluation set and the test set; lower `eval_fraction` or "
-            "`test_fraction`"
-        )
-    for name, fraction in (("eval", config.eval_fraction), ("test", config.test_fraction)):
-        if fraction and not sides[name]:
-            raise UserError(
-                f"{source}: none of the {len(sides['train'])} rows fell to `{name}`; raise `{name}_fraction`, or set "
-                "it to 0 to do without"
-            )
+    check_sides(source, sides, {"eval": config.eval_fraction, "test": config.test_fraction})
 
 
 def _write(

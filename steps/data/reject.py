@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from steps.artifacts import Dataset, DatasetFacts, Draft, Samples
+from steps.data._conversations import row_id
 from steps.frame import Input, Job, Resources, StepConfig, UserError, step
 from steps.lm.tasks import PASSED, has_passed, pass_rate
 
@@ -96,17 +97,19 @@ def chosen(answers: Sequence[Answer], config: RejectSamples, counts: Counter[str
 
 
 def conversations(row: Mapping[str, Any], answers: Sequence[Answer]) -> Iterator[dict[str, Any]]:
-    """Yield a row of a Dataset for each answer: the first keeps the prompt's id, the others are numbered."""
+    """Yield a row of a Dataset for each answer, with the id of its own messages, as `data.prepare` gives them."""
     plain = {name: value for name, value in row.items() if name != "samples"}
-    for number, answer in enumerate(answers, start=1):
-        messages = [*row["messages"][:-1], {"role": "assistant", "content": answer["text"]}]
-        yield plain | {"id": row["id"] if number == 1 else f"{row['id']}-{number}", "messages": messages}
+    for answer in answers:
+        made = plain | {"messages": [*row["messages"][:-1], {"role": "assistant", "content": answer["text"]}]}
+        yield made | {"id": row_id(made)}
 
 
 def _reason(answer: Answer, config: RejectSamples) -> str | None:
     """Return why an answer is dropped, None where it is not."""
     if answer["truncated"]:
         return "truncated"
+    if not answer["text"].strip():
+        return "empty"
     if config.threshold is not None and not has_passed(answer["score"], config.threshold):
         return "rejected"
     if config.require_format is not None and not re.fullmatch(config.require_format, answer["text"], re.DOTALL):

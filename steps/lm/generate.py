@@ -187,11 +187,12 @@ def sample_answers(
     for index in kept.own(len(batches)):
         kept.add(index, _answer(engine, tokenizer, batches[index], decoding, thinking_tokens))
         report()
-    found: dict[tuple[tuple[str, str], int], Rollout] = {}
+    # By the task itself: two may have one id.
+    found: dict[tuple[int, int], Rollout] = {}
     for batch, written in zip(batches, kept.all(len(batches), report), strict=True):
         for question, each in zip(batch, written, strict=True):
-            found[question.task.place, question.number] = Rollout(question.task, *each)
-    return [[found[task.place, number] for number in range(samples)] for task in tasks]
+            found[id(question.task), question.number] = Rollout(question.task, *each)
+    return [[found[id(task), number] for number in range(samples)] for task in tasks]
 
 
 def questions(

@@ -67,7 +67,7 @@ def test_all_pairs_and_the_margin(bench: Any, scored: Samples) -> None:
 def test_nothing_to_rank_is_refused(bench: Any, scored: Samples) -> None:
     result = bench.attempt("data.judge", {"data": scored}, verified=True, min_margin=1.0)
     assert result.status == "refused"
-    assert "none of the 4 tasks has two answers that differ by more than min_margin: 1" in result.message
+    assert "none of the 4 tasks has two answers that ended and differ by more than min_margin: 1" in result.message
     blank = samples_of(bench, "blank", [sampled(["a", "b"], [None, 1.0])])
     result = bench.attempt("data.judge", {"data": blank}, verified=True)
     assert result.status == "refused"

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from steps.data._conversations import Conversation
 from steps.data._duplicates import bands, shingles
 from steps.data._hashing import uniform
-from steps.data.prepare import sides_by_id
+from steps.data._sides import sides_by_id
 from steps.lm.checkpoint import load_tokenizer
 from steps.lm.rows import read_jsonl
 
@@ -129,7 +130,7 @@ def test_limit_is_a_stable_sample(bench: Any, jsonl: Any) -> None:
 def test_lengths_are_those_of_the_template(bench: Any, pico: Any, jsonl: Any) -> None:
     rows = pairs(60)
     source = jsonl([*rows, {"question": "long?", "answer": " ".join(sentence(number) for number in range(60, 75))}])
-    sides = bench.run("data.prepare", {"model": pico}, source=source, eval_fraction=0.1, max_tokens=600)
+    sides = bench.run("data.prepare", {"model": pico}, source=source, eval_fraction=0.2, max_tokens=600)
     train = sides["train"]
     assert train.facts.template_sha256 == pico.facts.template_sha256
     assert train.manifest.parents["model"].digest == pico.digest
@@ -267,3 +268,24 @@ def test_a_test_set_takes_nothing_from_the_evaluation_set(bench: Any, jsonl: Cal
     with pytest.raises(ValueError, match="make their sum less than 1"):
         refusal(bench, source, eval_fraction=0.5, test_fraction=0.5)
     assert "raise `test_fraction`" in refusal(bench, source, eval_fraction=0.5, test_fraction=1e-9)
+
+
+def test_a_question_that_differs_in_case_or_space_or_system_message_is_the_same() -> None:
+    plain = Conversation((("user", "What is it?"), ("assistant", "This.")), "test", "test")
+    other = Conversation((("system", "Be brief."), ("user", " what  IS it?"), ("assistant", "That.")), "test", "test")
+    assert plain.opening == other.opening
+    assert plain.opening != asked(1)[0].opening
+
+
+def test_rows_without_a_group_are_no_group(bench: Any, jsonl: Callable[[Sequence[Row]], str]) -> None:
+    rows = [{**row, "author": None if index % 2 else f"author {index}"} for index, row in enumerate(pairs(200))]
+    for seed in range(3):
+        _, held_out = prepared(bench, jsonl(rows), near_dedup=None, eval_fraction=0.3, group="author", seed=seed)
+        assert 40 < len(held_out) < 80
+
+
+def test_many_rows_of_one_question_are_sorted_out_in_no_time() -> None:
+    rows = [Conversation((("user", "Why?"), ("assistant", str(n))), "test", "test", group="g") for n in range(20_000)]
+    began = time.process_time()
+    assert len(set(sides_by_id(rows, 0, 0.3, 0.3).values())) == 1
+    assert time.process_time() - began < 5

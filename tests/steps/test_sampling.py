@@ -305,7 +305,7 @@ def test_rejection_keeps_verified_answers_only(bench: Bench, sampled: Samples) -
     solvable = sum(any(each["score"] == 1 for each in one["samples"]) for one in read_jsonl(sampled.rows_file))
     statistics = kept.facts.statistics
     assert statistics["prompts_kept"] == solvable == len({row["messages"][0]["content"] for row in rows})
-    dropped = sum(statistics.get(name, 0) for name in ("rejected", "truncated", "duplicate", "surplus"))
+    dropped = sum(statistics.get(name, 0) for name in ("rejected", "truncated", "duplicate", "surplus", "empty"))
     assert dropped + kept.facts.rows == sampled.facts.samples
 
 
