@@ -71,7 +71,7 @@ class ModelFacts(Facts):
     origin: str | None = None
     """URI of the pretrained model at the root of the lineage."""
     chosen_on: tuple[str, ...] = ()
-    """Digests of the rows by which it, or what it was made of, was chosen; on them it looks better than it is."""
+    """sha256 of the rows by which it, or what it was made of, was chosen; on them it looks better than it is."""
 
 
 class FourBit(Facts):
@@ -121,6 +121,8 @@ class ReportFacts(Facts):
     """Facts of a report: its headline metrics; the per-sample rows are in its files."""
 
     metrics: Mapping[str, float]
+    rows_sha256: str = ""
+    """Of the `rows.jsonl` that the models were measured on; empty where it is about none."""
 
 
 class PackageFacts(Facts):
@@ -142,6 +144,12 @@ class Artifact(Generic[F]):
         self.path = path
         self.manifest = manifest
         self.facts: F = self.Facts.model_validate(manifest.facts)  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def rows_sha256(self) -> str:
+        """Of its `rows.jsonl`: the same for equal rows, whatever step made them; its own digest where it has none."""
+        entry = self.manifest.files.get("rows.jsonl")
+        return entry.sha256 if entry else self.digest
 
     def __repr__(self) -> str:
         return f"{self.kind}({self.digest[:12]} at {self.path})"

@@ -10,7 +10,7 @@ def chosen_on(candidates: Mapping[str, Model | Adapter | Quantized], data: Datas
 
     The best of twenty looks at 64 tasks reads .62 where the truth is .50: such a figure ranks, it is not to be quoted.
     """
-    names = [name for name, artifact in candidates.items() if data.digest in artifact.facts.chosen_on]
+    names = [name for name, artifact in candidates.items() if data.rows_sha256 in artifact.facts.chosen_on]
     if not names:
         return []
     were = "was" if len(names) == 1 else "were"

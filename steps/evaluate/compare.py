@@ -91,7 +91,7 @@ def compare(config: Compare, job: Job) -> Draft:
     (out / "summary.json").write_text(json.dumps(content, indent=2, sort_keys=False) + "\n", encoding="utf-8")
     (out / "table.md").write_text(table(content), encoding="utf-8")
     _draw(content, job)
-    facts = ReportFacts(metrics=_flat(judged))
+    facts = ReportFacts(metrics=_flat(judged), rows_sha256=config.data.rows_sha256)
     job.log_metrics(facts.metrics)
     return Report.draft(out, facts)
 

@@ -108,7 +108,7 @@ def evaluate_tasks(config: EvaluateTasks, job: Job) -> Draft:
     (out / "summary.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (out / "table.md").write_text(table(content), encoding="utf-8")
     draw(content, job)
-    facts = ReportFacts(metrics=_flat(config, measured))
+    facts = ReportFacts(metrics=_flat(config, measured), rows_sha256=config.data.rows_sha256)
     job.log_metrics(facts.metrics)
     return Report.draft(out, facts)
 

@@ -143,10 +143,9 @@ def _with_choices(facts: Facts, config: StepConfig) -> Facts:
 
 
 def _rows_behind(chooser: Artifact[Any]) -> set[str]:
-    """Return the digests of the rows: themselves, or those that a report is about."""
-    if chooser.kind != Report.kind:
-        return {chooser.digest}
-    return {parent.digest for role, parent in chooser.manifest.parents.items() if role == "data"}
+    """Return the sha256 of the rows: themselves, or those that a report is about."""
+    known = chooser.facts.rows_sha256 if isinstance(chooser, Report) else chooser.rows_sha256
+    return {known} if known else set()
 
 
 def _check_outputs(kind: StepKind, config: StepConfig, drafts: Mapping[str, Draft]) -> None:

@@ -1,7 +1,7 @@
 """What GRPO and RLOO have in common: rewards, rollouts, audits, held-out verification, and when to stop."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,14 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from steps.artifacts import Dataset, Draft, Model, RewardModel
 from steps.frame import Chooses, Input, Job, Resources, UserError
-from steps.frame.errors import did_you_mean
 from steps.lm.chat import render, token_ids
 from steps.lm.checkpoint import load_tokenizer
 from steps.lm.tasks import Task, read_tasks
 from steps.train._adapters import Full, trainable_model, trained_draft
 from steps.train._checkpoints import checkpoints
 from steps.train._settings import Training, common_arguments
-from steps.train._stopping import HELD_OUT, LOGGED, MEASURED, StopCondition
+from steps.train._stopping import HELD_OUT, StopCondition, check_conditions
 from steps.train.rewards import Reward, Scorer, check_tools
 
 if TYPE_CHECKING:
@@ -144,15 +143,15 @@ class RlTraining(Training):
 
     @model_validator(mode="after")
     def _conditions(self) -> "RlTraining":
-        known = {*LOGGED, *MEASURED, *HELD_OUT, *(f"reward/{reward.label}" for reward in self.rewards)}
-        for metric in (condition.metric for condition in self.stop_when):
-            if metric in HELD_OUT and self.eval is None:
-                raise ValueError(f"stop_when: `{metric}` is measured on held-out tasks; name them as `eval:`")
-            if metric not in {*known, *HELD_OUT}:
-                raise ValueError(
-                    f"stop_when: no metric is called `{metric}`{did_you_mean(metric, {*known, *HELD_OUT})}"
-                )
+        check_conditions(self.stop_when, [reward.label for reward in self.rewards], self.never_logged)
         return self
+
+    @property
+    def never_logged(self) -> Mapping[str, str]:
+        """Metrics that these settings never give, each with the reason."""
+        unseen = "it is measured on held-out tasks; name them as `eval:`"
+        found = {} if self.eval is not None else dict.fromkeys(HELD_OUT, unseen)
+        return found if self.kl else {**found, "kl": "there is no reference without `kl:`; set it above 0"}
 
     @property
     def packages(self) -> tuple[str, ...]:

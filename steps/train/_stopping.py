@@ -1,10 +1,14 @@
 """Conditions on what training logs, under which it ends early."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from steps.frame.errors import did_you_mean
+
+RATIOS = ("ratio/mean", "ratio/p99", "ratio/max")
+"""Importance ratios of a batch's tokens."""
 LOGGED = (
     "entropy",
     "kl",
@@ -29,9 +33,7 @@ MEASURED = (
     "groups/zero_variance",
     "groups/distinct",
     "hacking/rewarded_wrong",
-    "ratio/mean",
-    "ratio/p99",
-    "ratio/max",
+    *RATIOS,
 )
 """What the audits measure themselves, beside `reward/NAME` for each reward."""
 HELD_OUT = ("held_out", "held_out/tokens")
@@ -71,6 +73,27 @@ class StopCondition(BaseModel):
     def holds(self, value: float) -> bool:
         """Whether one value is beyond the bound."""
         return value > self.above if self.above is not None else value < (self.below or 0.0)
+
+
+def check_conditions(
+    conditions: Iterable[StopCondition], rewards: Iterable[str], never_logged: Mapping[str, str]
+) -> None:
+    """Check that what conditions look at is logged; for the validators of step configs.
+
+    Args:
+        conditions: of the training.
+        rewards: names of its rewards.
+        never_logged: metrics that its settings never give, each with the reason.
+
+    Raises:
+        ValueError: a metric is unknown, or never logged, so that its condition would never be met.
+    """
+    known = {*LOGGED, *MEASURED, *HELD_OUT, *(f"reward/{name}" for name in rewards)}
+    for metric in (condition.metric for condition in conditions):
+        if metric not in known:
+            raise ValueError(f"stop_when: no metric is called `{metric}`{did_you_mean(metric, known)}")
+        if metric in never_logged:
+            raise ValueError(f"stop_when: `{metric}` is never logged here: {never_logged[metric]}")
 
 
 class Stopping:

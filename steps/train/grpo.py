@@ -1,16 +1,19 @@
 """`train.grpo`: group-relative policy optimisation with TRL, in seven forms of its loss, with audits."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from steps.artifacts import Adapter, Draft, Model
 from steps.frame import Job, Resources, step
 from steps.train import rewards
 from steps.train._rl import RlTraining, VllmRollouts, train_on_rollouts
 from steps.train._settings import LIBRARIES, PRELOAD
+from steps.train._stopping import RATIOS
 
+_CLIPPED = ("clip_ratio/region_mean", "cispo_clip_ratio")
 Loss = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "gspo"]
 
 
@@ -57,6 +60,22 @@ class TrainGrpo(RlTraining):
     """What advantages are divided by: the standard deviation of their group, of the batch, or nothing."""
     top_entropy: float = Field(default=1.0, gt=0, le=1)
     """Learn from this share of tokens only, those of highest entropy (https://arxiv.org/abs/2506.01939)."""
+
+    @model_validator(mode="after")
+    def _bounds_count(self) -> Self:
+        unused = {"cispo": ("epsilon",), "sapo": ("epsilon", "epsilon_high")}.get(self.loss, ())
+        if given := [name for name in unused if getattr(self, name) is not None]:
+            raise ValueError(f"{given[0]}: loss: {self.loss} has no such bound; leave it out")
+        return self
+
+    @property
+    def never_logged(self) -> Mapping[str, str]:
+        """As for any; a loss's own share of clipped tokens, and ratios, which on-policy training does not compute."""
+        own = "cispo_clip_ratio" if self.loss == "cispo" else "clip_ratio/region_mean"
+        found = {name: f"loss: {self.loss} has none" for name in _CLIPPED if name != own or self.loss == "sapo"}
+        if self.window == 1 and not isinstance(self.rollouts, VllmRollouts):
+            found |= dict.fromkeys(RATIOS, "a batch of rollouts serves one update, so all are 1")
+        return {**super().never_logged, **found}
 
 
 @step(

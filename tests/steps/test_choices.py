@@ -28,7 +28,7 @@ def chosen(bench: Any, sorting: Any, sorting_model: Any) -> Any:
 
 
 def test_the_choice_travels_into_what_is_made_of_it(bench: Any, sorting: Any, sorting_model: Any, chosen: Any) -> None:
-    by = (sorting["eval"].digest,)
+    by = (sorting["eval"].rows_sha256,)
     plain = bench.run("train.sft", {"model": sorting_model, "data": sorting["train"]}, **SHORT)[""]
     assert (plain.facts.chosen_on, chosen.facts.chosen_on) == ((), by)
     merged = bench.run("merge.adapter", {"adapter": chosen, "base": sorting_model}, dtype="float32")[""]
@@ -45,7 +45,7 @@ def test_a_candidate_that_a_report_chose_was_chosen_by_its_rows(
     best = bench.run(
         "evaluate.best", {"candidates": [sorting_model, sorting_model], "report": report}, names=["one", "two"]
     )
-    assert best[""].facts.chosen_on == (exam.digest,)
+    assert best[""].facts.chosen_on == (exam.rows_sha256,)
 
 
 def test_a_report_on_the_rows_of_the_choice_says_so(
@@ -63,6 +63,14 @@ def test_a_report_on_the_rows_of_the_choice_says_so(
     (note,) = notes(sorting["eval"])
     assert note.startswith("`tuned` was chosen by these very rows")
     assert notes(exam) == []
+
+
+def test_equal_rows_that_another_step_made_are_the_same_rows(bench: Any, sorting: Any, chosen: Any) -> None:
+    again = publish(
+        bench, Dataset, "again", read_jsonl(sorting["eval"].rows_file), DatasetFacts(rows=200, statistics={"made": 2.0})
+    )
+    assert again.digest != sorting["eval"].digest
+    assert len(chosen_on({"a": chosen}, again)) == 1
 
 
 def test_notes_are_sentences_for_one_and_for_several(sorting: Any, chosen: Any, sorting_model: Any) -> None:

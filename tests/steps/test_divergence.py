@@ -70,6 +70,24 @@ def test_the_adapters_dropout_is_felt_by_every_trainer(
     assert len(digests) == 2
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"loss": "cispo", "epsilon": 0.2}, "epsilon: loss: cispo has no such bound"),
+        ({"loss": "sapo", "epsilon_high": 0.2}, "epsilon_high: loss: sapo has no such bound"),
+        ({"stop_when": [{"metric": "kl", "above": 1}]}, "`kl` is never logged here: there is no reference"),
+        ({"stop_when": [{"metric": "ratio/p99", "above": 5}]}, "`ratio/p99` is never logged here: a batch of rollouts"),
+        ({"stop_when": [{"metric": "cispo_clip_ratio", "above": 1}]}, "`cispo_clip_ratio` is never logged here"),
+        ({"stop_when": [{"metric": "held_out", "above": 1}]}, "`held_out` is never logged here: it is measured on"),
+    ],
+)
+def test_a_setting_that_would_do_nothing_is_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        load_kind("train.grpo").config.model_validate(
+            {"model": "m", "data": "d", "rewards": [{"kind": "exact"}], **settings}
+        )
+
+
 @pytest.mark.parametrize("kind", ["train.grpo", "train.rloo"])
 @pytest.mark.parametrize(
     ("settings", "said"),

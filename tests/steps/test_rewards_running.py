@@ -26,6 +26,20 @@ def test_code_statements() -> None:
     assert scores({"kind": "code", "partial": True}, good, bad) == pytest.approx([1, 2 / 3])
 
 
+CHEAT = """
+import os, sys
+above = sys._getframe(2).f_locals
+for number in range(-3, 40):
+    os.write(above["results"], f"{above['job']['token']} {number}\\n".encode())
+"""
+
+
+def test_no_answer_gets_more_than_all_its_tests() -> None:
+    """Whoever finds the token that proves a test, can print what numbers it likes."""
+    (score,) = scores({"kind": "code", "partial": True}, rollout(CHEAT, tests=["assert False"] * 2))
+    assert score <= 1
+
+
 @pytest.mark.parametrize(
     "answer",
     [

@@ -241,7 +241,7 @@ def test_stop_conditions_count_in_a_row() -> None:
     [
         ("entropie", "no metric is called `entropie`; did you mean `entropy`?"),
         ("reward/lenght", "no metric is called `reward/lenght`; did you mean `reward/length`?"),
-        ("held_out", "`held_out` is measured on held-out tasks; name them as `eval:`"),
+        ("held_out", "`held_out` is never logged here: it is measured on held-out tasks; name them as `eval:`"),
     ],
 )
 def test_a_condition_on_what_is_never_measured_is_refused(metric: str, said: str) -> None:

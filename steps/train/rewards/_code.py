@@ -39,7 +39,7 @@ def code(
     temporary working directory. Where the kernel allows namespaces it also has no network and sees and changes no file
     but its own; where a container forbids them, sockets and other programs are refused to Python code by an audit hook
     only, and a warning says so. A test in the answer's own process can be cheated by an answer that looks for it
-    (`__eq__` that is always true); `{input, output}` pairs are compared outside and cannot.
+    (`__eq__` that is always true, or the frames above it); `{input, output}` pairs are compared outside and cannot.
 
     Args:
         rollouts: sampled answers; the last fenced block counts, or all of it where there is none.
@@ -90,7 +90,8 @@ def _passed(text: str, tests: Sequence[str], limits: Limits) -> int:
     """Count the statements that held. Only a token that the answer was not given proves that one was reached."""
     token = secrets.token_hex(16)
     output = run_confined("tests", {"code": text, "tests": list(tests), "token": token}, limits).output
-    return len({line for line in output.splitlines() if line.startswith(f"{token} ")})
+    lines = set(output.splitlines())
+    return sum(f"{token} {number}" in lines for number in range(len(tests)))
 
 
 def _passed_pairs(text: str, tests: Sequence[Mapping[str, str]], limits: Limits) -> int:
