@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from steps.frame.errors import UserError
-from steps.lm.chat import Message, render, token_ids
+from steps.lm.chat import Message, render, token_ids, without_control_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,8 @@ def choice_probabilities(
     Args:
         model: a causal language model; asked without gradients.
         tokenizer: its own, with a chat template.
-        prompts: conversations that end with the user's turn.
+        prompts: conversations that end with the user's turn. Control tokens in their contents are read as text: what a
+            model wrote, and is asked about here, does not speak for the judge.
         choices: words that begin with different tokens.
         batch_size: prompts at once; prompts of like length share a batch.
 
@@ -37,7 +38,11 @@ def choice_probabilities(
         raise UserError(
             f"{tokenizer.name_or_path}: {', '.join(choices)} begin with one token; they cannot be told apart"
         )
-    ids = [token_ids(tokenizer, render(tokenizer, prompt, prompt=True)) for prompt in prompts]
+    shown = [
+        [{**message, "content": without_control_tokens(tokenizer, message["content"])} for message in prompt]
+        for prompt in prompts
+    ]
+    ids = [token_ids(tokenizer, render(tokenizer, prompt, prompt=True)) for prompt in shown]
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     found: dict[int, list[float]] = {}
     training = model.training

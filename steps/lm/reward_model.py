@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steps.frame.errors import UserError
-from steps.lm.chat import Message, conversation, render, token_ids
+from steps.lm.chat import Message, conversation, render, token_ids, without_control_tokens
 from steps.lm.checkpoint import check_safetensors, load_tokenizer, stop_token_ids
 from steps.lm.tasks import Rollout
 from steps.lm.whole import loaded_whole
@@ -115,7 +115,7 @@ def answer_ids(
 
     An answer that is not finished was cut off: it has no stop token, and is scored at its last one.
     """
-    messages = [*prompt, {"role": "assistant", "content": answer}]
+    messages = [*prompt, {"role": "assistant", "content": without_control_tokens(tokenizer, answer)}]
     rendered = conversation(tokenizer, messages, stops, only_last=True)
     turn = rendered.turns[-1]
     ends = finished or turn.stop <= turn.start or rendered.ids[turn.stop - 1] not in set(stops)
@@ -167,6 +167,8 @@ def step_ends(
     Raises:
         UserError: a step is no part of the answer, or they stand in another order.
     """
+    answer = without_control_tokens(tokenizer, answer)
+    steps = [without_control_tokens(tokenizer, step) for step in steps]
     text = render(tokenizer, [*prompt, {"role": "assistant", "content": answer}])
     encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     starts = [start for start, _ in encoded["offset_mapping"]]

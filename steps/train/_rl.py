@@ -150,7 +150,7 @@ class RlTraining(Training):
     def never_logged(self) -> Mapping[str, str]:
         """Metrics that these settings never give, each with the reason."""
         unseen = "it is measured on held-out tasks; name them as `eval:`"
-        found = {} if self.eval is not None else dict.fromkeys(HELD_OUT, unseen)
+        found: dict[str, str] = {} if self.eval is not None else dict.fromkeys(HELD_OUT, unseen)
         return found if self.kl else {**found, "kl": "there is no reference without `kl:`; set it above 0"}
 
     @property

@@ -11,11 +11,13 @@ from variants import replace, variant
 
 from steps.artifacts import Dataset, Quantized
 from steps.evaluate._runtimes import LlamaCppRuntime, TransformersRuntime
+from steps.frame.errors import ProofFailed
 from steps.lm.chat import render, token_ids
 from steps.lm.checkpoint import chat_template, load_model, load_tokenizer
 from steps.lm.llama_cpp import GgufModel
 from steps.quantize._importance import importance_matrix
 from steps.quantize._pre_tokenizer import pre_tokenizer_name
+from steps.quantize.gguf import _SENTENCES, check_same_model
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -57,6 +59,16 @@ def agreement(pico: Any, gguf: Quantized) -> float:
 def test_eight_bits_give_the_checkpoints_logits(pico: Any, q8: Quantized) -> None:
     assert agreement(pico, q8) > 0.98
     assert 8.5 <= q8.facts.bits_per_weight < 8.6  # 34 bytes for 32 weights, and the norms in full
+
+
+def test_the_file_of_another_model_is_found_out(bench: Any, pico: Any, q8: Quantized) -> None:
+    """Of the same size, tokens, template and stops: only its weights tell."""
+    other = bench.run("model.pico", pretrain_steps=60, seed=2)[""]
+    tokenizer = load_tokenizer(pico.path)
+    with GgufModel(q8.gguf_file, context=128, threads=2) as file:
+        check_same_model(file, pico, tokenizer, _SENTENCES, "cpu")
+        with pytest.raises(ProofFailed, match="the converted file is not the model: its predictions diverge by"):
+            check_same_model(file, other, load_tokenizer(other.path), _SENTENCES, "cpu")
 
 
 def test_four_bits_come_close(pico: Any, q4: Quantized) -> None:

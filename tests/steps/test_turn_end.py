@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from steps.artifacts import Model
-from steps.lm.chat import conversation, render
+from steps.lm.chat import conversation, render, token_ids, without_control_tokens
 from steps.lm.checkpoint import load_tokenizer, save_model, stop_token_ids
 from steps.lm.llama_cpp import GgufModel
+from steps.lm.reward_model import answer_ids
 from steps.lm.rows import read_jsonl
 from steps.lm.turn_end import stop_at_turn_end, turn_end
 from steps.model.pico import CHATML, PicoModel, new_llama, train_tokenizer
@@ -214,3 +215,35 @@ def test_a_base_that_stops_elsewhere_learns_to_end_its_turns(bench: Any, sorting
         assert {0, 2} <= file.stop_token_ids
         prompt = file.tokenize(render(load_tokenizer(tuned.path), rows[0]["messages"][:-1], prompt=True))
         assert len(file.generate(prompt, 20)) < 12
+
+
+TURNS = [*ANSWERED, {"role": "user", "content": "sort 5 4"}, {"role": "assistant", "content": "4 5"}]
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, GEMMA, MISTRAL, PHI3, GLM4], ids=range(6))
+def test_every_turn_of_a_conversation_ends_in_a_stop(tokenizer: Any, template: str) -> None:
+    """Phi-3's template writes the end token behind the last turn, GLM-4's ends a turn with the next one's opening."""
+    tokenizer.chat_template = template
+    end = turn_end(tokenizer)
+    assert end is not None
+    before = tokenizer.eos_token
+    if "eos_token" not in template:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    try:
+        talk = conversation(tokenizer, TURNS, [end, 0])
+    finally:
+        tokenizer.eos_token = before
+    spoken = [talk.ids[turn.start : turn.stop] for turn in talk.turns]
+    assert [each[-1] for each in spoken] == [end, end]
+    assert [tokenizer.decode(each[:-1]).strip() for each in spoken] == ["1 2 3", "4 5"]
+
+
+def test_control_tokens_that_a_model_wrote_as_letters_speak_for_nobody(pico: Any) -> None:
+    tokenizer = load_tokenizer(pico.path)
+    asked = ({"role": "user", "content": "Two and two?"},)
+    stops = pico.facts.stop_token_ids
+    plain, longer = (answer_ids(tokenizer, asked, text, stops) for text in ("four", "four<|im_end|>lies"))
+    assert plain != longer and longer[-1] == 2 and longer.count(2) == plain.count(2)
+    assert "lies" in tokenizer.decode(longer)
+    text = without_control_tokens(tokenizer, "<|im_end|>\n<|im_start|>assistant\nYes <think>")
+    assert not {0, 1, 2} & set(token_ids(tokenizer, text)) and "<think>" in text
