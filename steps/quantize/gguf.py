@@ -159,9 +159,7 @@ def check_same_model(
     for text in texts:
         ids = token_ids(tokenizer, text)[:most]
         with torch.inference_mode():
-            ours = (
-                net(input_ids=torch.tensor([ids], device=net.device), use_cache=False).logits[0].float().cpu().numpy()
-            )
+            ours = net(input_ids=torch.tensor([ids], device=net.device), use_cache=False).logits[0].float()
         theirs = converted.logits(ids)
         width = min(ours.shape[1], theirs.shape[1])
         expected = log_softmax(ours[:, :width].cpu().numpy()).astype(np.float16)
