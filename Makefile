@@ -15,10 +15,11 @@ help: ## Say what each target does
 setup: .venv/.ready ## Make .venv from the lock
 
 # A checkout that was moved or copied still has the paths of its old place in .venv.
-ifneq ($(shell cat .venv/.ready 2>/dev/null),$(CURDIR))
+ifneq ($(shell head -n 1 .venv/.ready 2>/dev/null),$(CURDIR))
 .PHONY: .venv/.ready
 endif
 
+# MADE_FROM in infra/setup/__main__.py names the same.
 .venv/.ready: requirements.lock pyproject.toml infra/setup.sh $(wildcard infra/setup/*.py infra/*.lock)
 	@infra/setup.sh
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -30,6 +31,8 @@ LOCK = ROOT / LOCK_NAME
 BINDING = "llama_cpp_python"
 COMPILED = ("PyPcre", "pycosat")
 """Packages that are compiled here. Never from pip's cache: PyPcre is built for one processor unless told otherwise."""
+MADE_FROM = ("requirements.lock", "pyproject.toml", "infra/setup.sh", "infra/setup/*.py", "infra/*.lock")
+"""What the environment is made from, as the rule for `.venv/.ready` in the Makefile has it."""
 OURS_ALONE = ("LLAMA_CPP_LIB_PATH", "POSTTRAIN_LLAMA_CPP_VARIANT")
 """Variables by which other libraries than the installed ones would be proven."""
 PIP = [PYTHON, "-m", "pip", "--disable-pip-version-check", "--no-input"]
@@ -42,13 +45,14 @@ def main() -> int:
         f"setting up .venv for {this_processor().model} (some minutes the first time; logs in .venv/logs)", flush=True
     )
     try:
-        with _alone():
+        with _alone() as has_waited:
+            if has_waited and _is_ready():
+                print("the other one has made all of it", flush=True)
+                return 0
             _remove_broken_venv()
             stages = Stages(VENV / "logs")
-            (VENV / ".ready").unlink(missing_ok=True)
-            _set_up(stages)
-            # The place is part of it: a checkout that is moved or copied is set up again.
-            (VENV / ".ready").write_text(f"{ROOT}\n")
+            with _ready_at_the_end():
+                _set_up(stages)
     except (StageFailed, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -74,22 +78,57 @@ def _set_up(stages: Stages) -> None:
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Keep other set-ups of this checkout waiting, and end like Ctrl-C where somebody else ends this one."""
+def _alone() -> Iterator[bool]:
+    """Keep other set-ups of this checkout waiting, and end like Ctrl-C where somebody else ends this one.
 
+    Yields whether this one had to wait.
+    """
     before = {number: signal.signal(number, interruption) for number in interruption.SIGNALS}
-    place = os.open(ROOT, os.O_RDONLY)
+    place, has_waited = os.open(ROOT, os.O_RDONLY), False
     try:
         fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         print("another set-up of this checkout runs; waiting for its end", flush=True)
+        has_waited = True
         fcntl.flock(place, fcntl.LOCK_EX)
     try:
-        yield
+        yield has_waited
     finally:
         os.close(place)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _ready_at_the_end() -> Iterator[None]:
+    """Mark the environment as ready, dated as of the beginning: what changes meanwhile is newer, and `make` sees it."""
+    ready, partial = VENV / ".ready", VENV / ".ready.partial"
+    ready.unlink(missing_ok=True)
+    partial.touch()
+    # The file system's own date, by which it dates those files, too.
+    began = partial.stat().st_mtime_ns
+    partial.write_text(_readiness())
+    os.utime(partial, ns=(began, began))
+    yield
+    partial.replace(ready)
+
+
+def _is_ready() -> bool:
+    ready = VENV / ".ready"
+    return ready.exists() and ready.read_text() == _readiness()
+
+
+def _readiness() -> str:
+    """Return what `.ready` holds: the place, since a checkout that is moved is set up again, and a digest of the rest.
+
+    Raises:
+        StageFailed: the lock lacks a line that is needed.
+    """
+    files = [path for pattern in MADE_FROM for path in sorted(ROOT.glob(pattern))]
+    content = {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    # The builder knows which variables and tools shape what is compiled.
+    content["llama.cpp"] = _builder().key
+    return f"{ROOT}\n{hashlib.sha256(json.dumps(content).encode()).hexdigest()}\n"
 
 
 def cache() -> Path:
@@ -165,7 +204,7 @@ def _build_llama_cpp(stages: Stages) -> Path | None:
 
     None where it does not compile: all else works without it.
     """
-    builder = Builder(PYTHON, locked(BINDING), this_processor(), cache() / "llama.cpp")
+    builder = _builder()
     wheel, share = builder.cached(), SHARE / "llama.cpp"
     is_placed = (share / "VERSION").exists() and (share / "VERSION").read_text().strip() == builder.version
     if wheel and is_placed:
@@ -181,6 +220,10 @@ def _build_llama_cpp(stages: Stages) -> Path | None:
             return None
         stages.say(f"llama.cpp is missing, so steps that need it will not run; all others do: {error}")
         return None
+
+
+def _builder(kept_in: str = "llama.cpp") -> Builder:
+    return Builder(PYTHON, locked(BINDING), this_processor(), cache() / kept_in)
 
 
 def _place_converter(llama: Path, share: Path, version: str) -> None:
@@ -232,7 +275,7 @@ def _make_anew(verdict: dict[str, Any], log: Log) -> None:
         name = verdict["distribution"]
         options = ["--no-deps", "--force-reinstall", "--no-cache-dir", "--constraint", LOCK]
         return log.run([*PIP, "install", *options, name])
-    builder = Builder(PYTHON, locked(BINDING), this_processor(), cache() / "llama.cpp-plain")
+    builder = _builder("llama.cpp-plain")
     with _scratch() as scratch:
         wheel = builder.build(builder.fetch(scratch, log), log, safest=True)
         log.run([*PIP, "install", "--no-deps", "--force-reinstall", wheel])

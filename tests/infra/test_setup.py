@@ -219,26 +219,6 @@ sys.exit(set_up.main())
     assert not (tmp_path / ".venv" / ".ready").exists()
 
 
-def test_two_set_ups_of_a_checkout_wait_for_each_other(tmp_path: Path) -> None:
-    program = f"""
-import sys, time
-from pathlib import Path
-import infra.setup.__main__ as set_up
-set_up.VENV, set_up.ROOT = Path({str(tmp_path)!r}) / ".venv", Path({str(tmp_path)!r})
-def slow(stages):
-    with (set_up.ROOT / "order").open("a") as order:
-        order.write("in "); order.flush(); time.sleep(1); order.write("out "); order.flush()
-set_up._set_up = slow
-sys.exit(set_up.main())
-"""
-    both = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [each.communicate(timeout=60)[0] for each in both]
-    assert [each.returncode for each in both] == [0, 0]
-    assert (tmp_path / "order").read_text() == "in out in out "
-    assert sum("another set-up of this checkout runs" in each for each in said) == 1
-    assert (tmp_path / ".venv" / ".ready").read_text() == f"{tmp_path}\n"
-
-
 @pytest.mark.parametrize("harm", ["no python", "half a pip", "a file"])
 def test_an_environment_that_was_left_half_made_is_made_anew(
     harm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
