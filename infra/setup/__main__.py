@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.setup.llama_cpp import Builder
+from infra.setup.moved import renew_place
 from infra.setup.packages import LOCK as LOCK_NAME
 from infra.setup.packages import installed_files, locked, own_conflicts
 from infra.setup.stages import Log, StageFailed, Stages, interruption
@@ -65,6 +66,9 @@ def main() -> int:
 
 def _set_up(stages: Stages) -> None:
     _make_venv(stages)
+    # Of a checkout that was moved or copied; pip leaves scripts as they are, whose packages have not changed.
+    if changed := renew_place(VENV):
+        stages.say(f"{changed} scripts ran in another place than this; now they run here")
     with ThreadPoolExecutor(2) as pool:
         llama_cpp = pool.submit(_build_llama_cpp, stages)
         try:
