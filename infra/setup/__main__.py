@@ -204,13 +204,16 @@ def _install_compiled(log: Log) -> None:
 
 
 def _build_llama_cpp(stages: Stages) -> Path | None:
-    """Return the wheel of llama.cpp's binding, built now where none is there of exactly this; place its converter.
+    """Return the wheel of llama.cpp's binding to install, built if none of exactly this is there; place its converter.
 
-    None where it does not compile: all else works without it.
+    None where exactly this is installed, and where it does not compile: all else works without it.
     """
-    builder = _builder()
-    wheel, share = builder.cached(), SHARE / "llama.cpp"
+    builder, share = _builder(), SHARE / "llama.cpp"
     is_placed = (share / "VERSION").exists() and (share / "VERSION").read_text().strip() == builder.version
+    # Asked first: a cache may be emptied at any time, and what is installed works on.
+    if is_placed and _is_installed(builder.key):
+        return None
+    wheel = builder.cached()
     if wheel and is_placed:
         return wheel
     try:
@@ -245,16 +248,24 @@ def _place_converter(llama: Path, share: Path, version: str) -> None:
         partial.replace(share)
 
 
+def _is_installed(key: str) -> bool:
+    """Whether llama.cpp's binding was installed from the wheel that has this key, and is what is there now."""
+    placed = SHARE / "llama.cpp" / "WHEEL"
+    files = installed_files(VENV, BINDING)
+    return files != "" and placed.exists() and placed.read_text() == f"{key}\n{files}"
+
+
 def _install_binding(stages: Stages, wheel: Path | None) -> None:
     """Install the wheel, if it is another than what is installed, and check that all packages fit together."""
-    placed = SHARE / "llama.cpp" / "WHEEL"
+    key = wheel.parent.name if wheel else _builder().key
     with stages.stage("all packages together") as log:
-        if wheel and not (placed.exists() and placed.read_text() == f"{wheel}\n{installed_files(VENV, BINDING)}"):
+        if wheel and not _is_installed(key):
             log.run([*PIP, "install", "--no-deps", "--force-reinstall", wheel])
-            placed.write_text(f"{wheel}\n{installed_files(VENV, BINDING)}")
+            (SHARE / "llama.cpp" / "WHEEL").write_text(f"{key}\n{installed_files(VENV, BINDING)}")
         said = subprocess.run([*PIP, "check"], capture_output=True, text=True).stdout
         # Where llama.cpp is missing, that was told.
-        faults = [line for line in own_conflicts(said) if wheel or "llama" not in line]
+        is_there = _is_installed(key)
+        faults = [line for line in own_conflicts(said) if is_there or "llama" not in line]
         if faults:
             raise StageFailed("; ".join(faults))
     for line in said.splitlines():
