@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import venv
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,12 +45,12 @@ def main() -> int:
         f"setting up .venv for {this_processor().model} (some minutes the first time; logs in .venv/logs)", flush=True
     )
     try:
-        with _alone() as has_waited:
+        with _alone() as (lock, has_waited):
             if has_waited and _is_ready():
                 print("the other one has made all of it", flush=True)
                 return 0
             _remove_broken_venv()
-            stages = Stages(VENV / "logs")
+            stages = Stages(VENV / "logs", lock)
             with _ready_at_the_end():
                 _set_up(stages)
     except (StageFailed, OSError, ValueError) as error:
@@ -82,10 +81,10 @@ def _set_up(stages: Stages) -> None:
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[bool]:
+def _alone() -> Iterator[tuple[int, bool]]:
     """Keep other set-ups of this checkout waiting, and end like Ctrl-C where somebody else ends this one.
 
-    Yields whether this one had to wait.
+    Yields the lock's descriptor, and whether this one had to wait.
     """
     before = {number: signal.signal(number, interruption) for number in interruption.SIGNALS}
     place, has_waited = os.open(ROOT, os.O_RDONLY), False
@@ -96,8 +95,10 @@ def _alone() -> Iterator[bool]:
         has_waited = True
         fcntl.flock(place, fcntl.LOCK_EX)
     try:
-        yield has_waited
+        yield place, has_waited
     finally:
+        # Whoever else has the descriptor: no command runs any more.
+        fcntl.flock(place, fcntl.LOCK_UN)
         os.close(place)
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -156,11 +157,11 @@ def _remove_broken_venv() -> None:
 
 def _make_venv(stages: Stages) -> None:
     if not PYTHON.exists():
-        with stages.stage("environment"):
+        with stages.stage("environment") as log:
             try:
-                venv.create(VENV, with_pip=True, symlinks=True)
-            except subprocess.CalledProcessError as error:
-                raise StageFailed(f"{sys.executable} cannot install pip into it; is its venv module whole?") from error
+                log.run([sys.executable, "-m", "venv", "--symlinks", VENV])
+            except StageFailed as error:
+                raise StageFailed(f"{error}\nIs the venv module of {sys.executable} whole?") from None
 
 
 def _install_packages(stages: Stages) -> None:
@@ -262,7 +263,7 @@ def _install_binding(stages: Stages, wheel: Path | None) -> None:
         if wheel and not _is_installed(key):
             log.run([*PIP, "install", "--no-deps", "--force-reinstall", wheel])
             (SHARE / "llama.cpp" / "WHEEL").write_text(f"{key}\n{installed_files(VENV, BINDING)}")
-        said = subprocess.run([*PIP, "check"], capture_output=True, text=True).stdout
+        said = log.ask([*PIP, "check"]).stdout
         # Where llama.cpp is missing, that was told.
         is_there = _is_installed(key)
         faults = [line for line in own_conflicts(said) if is_there or "llama" not in line]
@@ -275,12 +276,12 @@ def _install_binding(stages: Stages, wheel: Path | None) -> None:
 
 def _prove(stages: Stages) -> None:
     """Call every native library in a child; what dies is made anew once, the safer way, and proven again."""
-    with stages.stage("proof of every native library"):
-        broken = _doctor()
+    with stages.stage("proof of every native library") as proof:
+        broken = _doctor(proof)
     for each in {row["distribution"]: row for row in broken}.values():
         with contextlib.suppress(StageFailed), stages.stage(f"{each['runtime']} made anew") as log:
             _make_anew(each, log)
-    for each in _doctor(*(each["runtime"] for each in broken)) if broken else []:
+    for each in _doctor(proof, *(each["runtime"] for each in broken)) if broken else []:
         stages.say(f"{each['runtime']} does not work here, so steps that need it will not run: {each['reason']}")
 
 
@@ -297,16 +298,14 @@ def _make_anew(verdict: dict[str, Any], log: Log) -> None:
     return (SHARE / "llama.cpp" / "WHEEL").unlink(missing_ok=True)
 
 
-def _doctor(*runtimes: str) -> list[dict[str, Any]]:
+def _doctor(log: Log, *runtimes: str) -> list[dict[str, Any]]:
     """Prove the named runtimes, or all; return the verdicts of those that posttrain needs and are broken or absent."""
-    command = [VENV / "bin" / "posttrain", "doctor", "--json", *runtimes]
-    environment = {name: value for name, value in os.environ.items() if name not in OURS_ALONE}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = log.ask([VENV / "bin" / "posttrain", "doctor", "--json", *runtimes], without=OURS_ALONE)
     try:
         told = json.loads(done.stdout)["runtimes"]
         return [each for each in told if each["status"] != "works" and not each["optional"]]
     except ValueError:
-        raise StageFailed(f"`posttrain doctor` ended with code {done.returncode}:\n{done.stderr[-2000:]}") from None
+        raise StageFailed(f"`posttrain doctor` ended with code {done.returncode}:\n{log.tail()}") from None
 
 
 @contextlib.contextmanager

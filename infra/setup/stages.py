@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+_GUARD = Path(__file__).with_name("guard.py")
 _TAIL = 15
 """Lines of a log that are shown where a stage failed."""
 
@@ -21,9 +23,14 @@ class StageFailed(Exception):
 
 
 class Stages:
-    """Shows which stages run and how long each took; several may run at once, each with a log of its own."""
+    """Shows which stages run and how long each took; several may run at once, each with a log of its own.
 
-    def __init__(self, logs: Path) -> None:
+    Args:
+        logs: directory of the logs.
+        lock: descriptor of a lock that is held on as long as a command runs, even where this process is killed.
+    """
+
+    def __init__(self, logs: Path, lock: int | None = None) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         # What a tool printed may hold what this terminal cannot show.
         if isinstance(sys.stdout, io.TextIOWrapper):
@@ -31,7 +38,7 @@ class Stages:
         self._logs = logs
         self._running: dict[str, float] = {}
         self._lock = threading.Lock()
-        self.commands = Running()
+        self.commands = Running(lock)
         self._live = sys.stdout.isatty()
         if self._live:
             threading.Thread(target=self._refresh, daemon=True, name="set-up-progress").start()
@@ -105,31 +112,36 @@ interruption = Interruption()
 
 
 class Running:
-    """The commands that run now, so that they can be ended together."""
+    """The commands that run now, so that they can be ended together; each ends with this process (`guard.py`)."""
 
-    def __init__(self) -> None:
+    def __init__(self, lock: int | None = None) -> None:
         self.stopped = False
+        self._held = () if lock is None else (lock,)
         self._lock = threading.Lock()
         self._processes: set[subprocess.Popen[bytes]] = set()
 
-    def call(self, words: Sequence[str], environment: Mapping[str, str], output: IO[bytes]) -> int:
-        """Run a command to its end, its children in a group of its own; return its exit code.
+    def call(
+        self, words: Sequence[str], environment: Mapping[str, str], output: IO[bytes], errors: IO[bytes] | None = None
+    ) -> int:
+        """Run a command to its end, its children in a group of its own; return its exit code, as a shell has it.
 
         Raises:
             StageFailed: everything was stopped.
         """
-        process = None
+        process, pipe = None, os.pipe()
+        inherited = (pipe[0], *self._held)
         try:
             with self._lock, interruption.held():
                 if self.stopped:
                     raise StageFailed("stopped")
                 process = subprocess.Popen(
-                    words,
+                    [sys.executable, "-IS", str(_GUARD), ",".join(map(str, inherited)), *words],
                     env=environment,
                     stdin=subprocess.DEVNULL,
                     stdout=output,
-                    stderr=output,
+                    stderr=errors or output,
                     start_new_session=True,
+                    pass_fds=inherited,
                 )
                 self._processes.add(process)
             return process.wait()
@@ -139,6 +151,8 @@ class Running:
                 process.wait()
             raise
         finally:
+            for end in pipe:
+                os.close(end)
             if process is not None:
                 with self._lock:
                     self._processes.discard(process)
@@ -171,14 +185,29 @@ class Log:
             StageFailed: it ended with another code than 0.
         """
         words = [str(word) for word in command]
-        with self.path.open("ab") as stream:
-            stream.write(f"$ {' '.join(words)}\n".encode())
-            stream.flush()
-            surroundings = {**os.environ, **environment}
-            code = self._running.call(words, surroundings, stream)
+        with self._begun(words) as stream:
+            code = self._running.call(words, {**os.environ, **environment}, stream)
         if code:
             name = Path(words[0]).name
             raise StageFailed(f"`{name} ...` ended with code {code}; the end of {self.path}:\n{self.tail()}")
+
+    def ask(
+        self, command: Sequence[str | Path], *, without: Sequence[str] = (), **environment: str
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run a command, some variables left out of its environment; return its code, and what it printed for us."""
+        words = [str(word) for word in command]
+        surroundings = {name: value for name, value in os.environ.items() if name not in without}
+        with self._begun(words) as stream, tempfile.TemporaryFile() as answer:
+            code = self._running.call(words, {**surroundings, **environment}, answer, stream)
+            answer.seek(0)
+            return subprocess.CompletedProcess(words, code, answer.read().decode(errors="replace"), "")
+
+    @contextmanager
+    def _begun(self, words: Sequence[str]) -> Iterator[IO[bytes]]:
+        with self.path.open("ab") as stream:
+            stream.write(f"$ {' '.join(words)}\n".encode())
+            stream.flush()
+            yield stream
 
     def tail(self, count: int = _TAIL) -> str:
         """Return the last lines, those of pip that only warn left out."""
