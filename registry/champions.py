@@ -5,9 +5,12 @@ model are numbered by its database, each once. So every move of a family's champ
 model, `NAME.champions`, and says after which move it was decided. One that was decided without knowledge of the last
 counts for nothing: whoever made it reads anew and decides again. The aliases `champion` and `previous` follow the log;
 where a killed process left them behind, the log is right.
+
+A rollback leads back along a line: a promotion adds to its end, also one of a release that stood further back, and a
+rollback takes the last away. Versions that somebody deleted in MLflow are passed over.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,23 +25,38 @@ _TAG = "posttrain.move."
 
 @dataclass(frozen=True)
 class Standing:
-    """Which versions of a family are `champion` and `previous`, and the move that made them so."""
+    """Which versions of a family are and were champion, and the move that made it so."""
 
-    champion: int | None
-    previous: int | None
+    line: tuple[int, ...] = ()
+    """Versions that became champion, each once, and were neither taken back nor deleted; the last is champion."""
     move: int = 0
     """Number of the last move that counts; 0 before the first."""
 
+    @property
+    def champion(self) -> int | None:
+        """The version that is champion."""
+        return self.line[-1] if self.line else None
 
-def replay(registered: "RegisteredModel", moves: Iterable["ModelVersion"]) -> list[Standing]:
+    @property
+    def previous(self) -> int | None:
+        """The version to which a rollback leads."""
+        return self.line[-2] if len(self.line) > 1 else None
+
+
+def replay(
+    registered: "RegisteredModel", versions: Iterable["ModelVersion"], moves: Iterable["ModelVersion"]
+) -> list[Standing]:
     """Return how the champion stood at first, and after each move that counts.
 
     Args:
         registered: the family's registered model, whose aliases count while no move was made.
+        versions: the family's versions that a release made and that are still there.
         moves: versions of the registered model `NAME.champions`.
     """
+    there = {int(version.version): version.tags for version in versions}
     aliases = {name: int(version) for name, version in registered.aliases.items()}
-    found = [Standing(aliases.get("champion"), aliases.get("previous"))]
+    line = _moved([], aliases["champion"], aliases.get("previous"), there) if "champion" in aliases else []
+    found = [Standing(_counting(line, there))]
     for version in sorted(moves, key=lambda each: int(each.version)):
         told = {name.removeprefix(_TAG): value for name, value in version.tags.items() if name.startswith(_TAG)}
         # Moves of a family of the same name that somebody has deleted are not this one's.
@@ -47,8 +65,36 @@ def replay(registered: "RegisteredModel", moves: Iterable["ModelVersion"]) -> li
         # One that was decided after a move that somebody has deleted counts, too.
         if int(told["after"]) >= found[-1].move:
             previous = int(told["previous"]) if told["previous"] else None
-            found.append(Standing(int(told["champion"]), previous, int(version.version)))
+            line = _moved(line, int(told["champion"]), previous, there)
+            found.append(Standing(_counting(line, there), int(version.version)))
     return found
+
+
+def _moved(line: list[int], champion: int, previous: int | None, there: Mapping[int, Mapping[str, str]]) -> list[int]:
+    """Return the line after a move: what leads to `previous`, then the champion."""
+    if previous is None:
+        behind = []
+    elif previous in line:
+        behind = line[: line.index(previous) + 1]
+    else:
+        behind = _before_the_log(previous, there)
+    return [*(version for version in behind if version != champion), champion]
+
+
+def _before_the_log(version: int | None, there: Mapping[int, Mapping[str, str]]) -> list[int]:
+    """Return the line of a version that became champion in no move that we know: each tells which it succeeded."""
+    found: list[int] = []
+    while version is not None and version not in found:
+        found.insert(0, version)
+        told = there.get(version, {}).get("posttrain.succeeds")
+        version = int(told) if told else None
+    return found
+
+
+def _counting(line: list[int], there: Mapping[int, Mapping[str, str]]) -> tuple[int, ...]:
+    """Leave out of a line what was deleted, and of those before the champion what was taken back."""
+    behind = [version for version in line[:-1] if version in there and not there[version].get("posttrain.rolled_back")]
+    return (*behind, *(version for version in line[-1:] if version in there))
 
 
 class Champions:
@@ -87,33 +133,37 @@ class Champions:
                 )
         except MlflowException:
             # Where several wanted the same number, again and again, one of them got it.
-            if self.follow()[-1] == seen:
+            if self.follow()[-1].move == seen.move:
                 raise
             return False
         return int(made.version) in [standing.move for standing in self.follow()]
 
     def follow(self) -> list[Standing]:
         """Point the aliases to where the log says; return how the champion stood, the last as it stands now."""
+        from registry.versions import is_ours, versions_of
+
         while True:
-            found = self._replayed()
-            self._point("previous", found[-1].previous)
-            self._point("champion", found[-1].champion)
-            # Another may have moved, and pointed, in between.
-            if self._replayed()[-1] == found[-1]:
+            registered = self._client.get_registered_model(self.family)
+            versions = filter(is_ours, versions_of(self._tracking, self.family))
+            found = replay(registered, versions, versions_of(self._tracking, self.name))
+            moved = [
+                self._point(registered, "previous", found[-1].previous),
+                self._point(registered, "champion", found[-1].champion),
+            ]
+            # Another may have moved, and pointed, in between: look until there is nothing to do.
+            if not any(moved):
                 return found
 
-    def _replayed(self) -> list[Standing]:
-        from registry.versions import versions_of
-
-        registered = self._client.get_registered_model(self.family)
-        return replay(registered, versions_of(self._tracking, self.name))
-
-    def _point(self, alias: str, version: int | None) -> None:
-        stands = self._client.get_registered_model(self.family).aliases.get(alias)
-        if version is None and stands is not None:
+    def _point(self, registered: "RegisteredModel", alias: str, version: int | None) -> bool:
+        """Point an alias to a version, or to none; returns whether it stood elsewhere."""
+        stands = registered.aliases.get(alias)
+        if str(version or "") == str(stands or ""):
+            return False
+        if version is None:
             self._client.delete_registered_model_alias(self.family, alias)
-        elif version is not None and str(version) != str(stands):
+        else:
             self._client.set_registered_model_alias(self.family, alias, str(version))
+        return True
 
     def _create(self) -> None:
         from mlflow.exceptions import MlflowException

@@ -7,7 +7,8 @@ MLflow is embedded, and from the server where there is one.
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -63,8 +64,14 @@ def find(home: Home, family: str) -> Family | None:
         raise RegistryError(f"`{family}` is no name of a family: letters, digits and `._-`")
     if not home.embedded:
         return read_family(Tracking(home), family)
-    content = _index(home).family(family)
-    return Family.model_validate_json(content) if content else None
+    index = _index(home)
+    if index.is_pending(_pending(family)):
+        # Written this moment, or killed before the mirror knew: it is right once the lock is free.
+        with index.lock(f"family-{family}"):
+            if index.is_pending(_pending(family)):
+                Registrar(Recorder(home), family).mirror()
+                index.end(_pending(family))
+    return _mirrored(index, family)
 
 
 def member_at(home: Home, uri: str) -> Member:
@@ -132,16 +139,14 @@ def publish(
         raise RegistryError(f"`{family}` is no name for a family: letters, digits, `._-`, no `{SUFFIX}` at its end")
     recorder = execution.recorder
     release = release_id([digest for _, digest, _ in members])
-    with recorder.index.lock(f"family-{family}"):
-        registrar = Registrar(recorder, family)
-        registrar.create()
+    with _writing(recorder, family, new=True) as registrar:
         version = registrar.register(release, members)
         refs = {step: {"digest": digest, "key": entry.key} for step, (digest, entry) in (reports or {}).items()}
         registrar.tag(version, "reports", json.dumps(refs))
         registrar.tag(version, "execution", execution.run_id)
         decision = _settle(registrar, version, decision)
         registrar.set_candidate(version)
-        state = registrar.mirror()
+        state = registrar.state()
     execution.set_tags({"posttrain.family": family, "posttrain.release": release})
     execution.log_text(decision.model_dump_json(indent=1), "gate_decision.json")
     return state.release(str(version))
@@ -180,27 +185,29 @@ def rollback(recorder: Recorder, family: str, reason: str = "") -> Release:
     """Make the previous champion champion again; return its release.
 
     The release that is taken back remembers when and why, and is not promoted again by a gate. Repeated calls go
-    further back.
+    further back; one that was killed when all but its last word was said is only completed.
 
     Raises:
         RegistryError: there is no earlier champion, or another machine moved the champion meanwhile.
     """
-    with recorder.index.lock(f"family-{family}"):
-        registrar = Registrar(recorder, family)
+    shown = _mirrored(recorder.index, family) if recorder.home.embedded else None
+    with _writing(recorder, family) as registrar:
         state = registrar.state()
         champion, previous = state.release("champion"), state.aliases.get("previous")
+        if shown and _was_taken_back(state, shown.aliases.get("champion")):
+            return champion
         if previous is None:
             raise RegistryError(f"family {family} has no earlier champion to go back to")
         said = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "to": previous, "reason": reason}
         registrar.tag(champion.version, "rolled_back", json.dumps(said))
         because = f"Version {champion.version} was rolled back{': ' if reason else ''}{reason}."
-        if not registrar.set_champion(state, previous, state.release(str(previous)).succeeds, because):
+        *_, before = (None, *state.champions[:-2])
+        if not registrar.set_champion(state, previous, before, because):
             registrar.tag(champion.version, "rolled_back", "")
-            registrar.mirror()
             raise RegistryError(
                 f"the champion of {family} was moved by another machine meanwhile; look at it, and roll back again"
             )
-        return registrar.mirror().release("champion")
+        return registrar.state().release("champion")
 
 
 def promote(recorder: Recorder, family: str, reference: str, reason: str) -> Release:
@@ -209,12 +216,49 @@ def promote(recorder: Recorder, family: str, reference: str, reason: str) -> Rel
     Raises:
         RegistryError: there is no such release.
     """
-    with recorder.index.lock(f"family-{family}"):
-        registrar = Registrar(recorder, family)
+    with _writing(recorder, family) as registrar:
         release = registrar.state().release(reference)
         registrar.tag(release.version, "rolled_back", "")
         _settle(registrar, release.version, GateDecision(promote=True, sentence=f"Promoted by hand: {reason}"))
-        return registrar.mirror().release(str(release.version))
+        return registrar.state().release(str(release.version))
+
+
+@contextmanager
+def _writing(recorder: Recorder, family: str, *, new: bool = False) -> Iterator[Registrar]:
+    """Hold a family's lock; however the context ends, the index then tells what MLflow knows.
+
+    Raises:
+        RegistryError: there is no such family, where it is not to be made.
+    """
+    with recorder.index.lock(f"family-{family}"):
+        registrar = Registrar(recorder, family)
+        if new:
+            registrar.create()
+        else:
+            registrar.state()
+        recorder.index.begin(_pending(family))
+        try:
+            yield registrar
+        finally:
+            registrar.mirror()
+            recorder.index.end(_pending(family))
+
+
+def _pending(family: str) -> str:
+    """Name the note that the mirror of a family may lag behind MLflow."""
+    return f"family-{family}"
+
+
+def _mirrored(index: Index, family: str) -> Family | None:
+    content = index.family(family)
+    return Family.model_validate_json(content) if content else None
+
+
+def _was_taken_back(state: Family, version: int | None) -> bool:
+    """Whether a version that was champion when somebody last looked is so no more, because of a rollback."""
+    if version in (None, state.aliases.get("champion")):
+        return False
+    return any(release.version == version and release.rolled_back for release in state.releases)
 
 
 def _index(home: Home) -> Index:

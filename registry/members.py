@@ -104,6 +104,8 @@ class Family(BaseModel):
     """Version by alias: `candidate`, `champion`, `previous`."""
     releases: tuple[Release, ...]
     """Oldest first."""
+    champions: tuple[int, ...] = ()
+    """Versions through which rollbacks lead, the champion last."""
     move: int = 0
     """Number of the last move of its champion, see `registry.champions`."""
 

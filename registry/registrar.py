@@ -85,10 +85,10 @@ class Registrar:
         Args:
             state: what the decision rests on.
             version: of the new champion's principal member.
-            previous: where a rollback leads from then on.
+            previous: where a rollback leads from then on; what stood before it in the line stays there.
             why: one sentence, kept with the move.
         """
-        seen = Standing(state.aliases.get("champion"), state.aliases.get("previous"), state.move)
+        seen = Standing(state.champions, state.move)
         model_id = state.release(str(version)).members[0].model_id
         return Champions(self.recorder.tracking, self.family).move(seen, version, previous, model_id, why)
 
@@ -102,7 +102,8 @@ class Registrar:
         return found
 
     def mirror(self) -> Family:
-        """Write what MLflow knows into the local index and return it."""
+        """Write what MLflow knows into the local index and return it; aliases that were left behind are moved up."""
+        Champions(self.recorder.tracking, self.family).follow()
         state = self.state()
         self.recorder.index.put_family(self.family, state.model_dump_json(indent=1).encode())
         return state

@@ -32,15 +32,22 @@ def read_family(tracking: Tracking, family: str) -> Family | None:
     if FAMILY_TAG not in registered.tags:
         return None
     every = sorted(versions_of(tracking, family), key=lambda version: int(version.version))
-    standing = replay(registered, versions_of(tracking, f"{family}{SUFFIX}"))[-1]
+    ours = [version for version in every if is_ours(version)]
+    standing = replay(registered, ours, versions_of(tracking, f"{family}{SUFFIX}"))[-1]
     stands = {**registered.aliases, "champion": standing.champion, "previous": standing.previous}
     known = {int(version.version) for version in every}
     aliases = {name: int(version) for name, version in sorted(stands.items()) if version and int(version) in known}
     groups: dict[str, list[ModelVersion]] = {}
-    for version in filter(is_ours, every):
+    for version in ours:
         groups.setdefault(version.tags["posttrain.release"], []).append(version)
     releases = [_release(release, versions, aliases) for release, versions in groups.items()]
-    return Family(name=family, aliases=aliases, releases=tuple(each for each in releases if each), move=standing.move)
+    return Family(
+        name=family,
+        aliases=aliases,
+        releases=tuple(each for each in releases if each),
+        champions=standing.line,
+        move=standing.move,
+    )
 
 
 def is_ours(version: "ModelVersion") -> bool:

@@ -167,7 +167,8 @@ def test_of_two_machines_that_publish_at_once_none_promotes_what_did_not_meet_th
     found = read_family(watcher.tracking, family)
     assert found
     registered = watcher.tracking.client.get_registered_model(family)
-    standings = replay(registered, versions_of(watcher.tracking, f"{family}.champions"))
+    own, moves = (versions_of(watcher.tracking, name) for name in (family, f"{family}.champions"))
+    standings = replay(registered, own, moves)
     champions = [standing.champion for standing in standings[1:]]
     assert found.aliases["champion"] == champions[-1] == int(registered.aliases["champion"])
     releases = {release.version: release for release in found.releases}
