@@ -71,6 +71,8 @@ class Opponent:
     """Of its release in the family."""
     names: Mapping[str, str]
     """For each published member that a gate judges, the node of the champion's member that it meets."""
+    shared: frozenset[str] = frozenset()
+    """Published members that are the champion's own: there is nothing to measure."""
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from flows.graph import Graph, Node, Opponent
 from flows.plan import REGISTRY, graph_keys
-from registry.family import find
+from registry.family import find, release_id
 from registry.gates import judged_members
 from registry.home import Home
 from registry.members import Family, Member, Release
+from registry.record import Recorder
 from steps.artifacts import kind_named
 from steps.frame import Ref, load_kind
 
@@ -20,8 +21,8 @@ def with_opponent(graph: Graph, home: Home, root: Path) -> Graph:
     """Add the champion's members as candidates to the comparisons that gates against it look at.
 
     Each published member that is judged meets the champion's of the same name; the principal one, and one that the
-    champion has not, its principal. A model is compared with the champion that it meets or met, not with itself: once
-    it has been promoted, a second run still compares it with the champion before it, so that its steps stay cached.
+    champion has not, its principal. A member that both share is equal to itself and not measured twice. A release that
+    is champion is compared with the one that it succeeded, so that its steps stay cached on a second run.
 
     Raises:
         UserError: a gate's report cannot measure the champion.
@@ -34,19 +35,33 @@ def with_opponent(graph: Graph, home: Home, root: Path) -> Graph:
     if family is None:
         return graph
     published = [node.name for member in publish.members for node in graph.members(member)]
-    release = opponent_of(family, graph_keys(graph, home, root)[0][published[0]])
-    return graph if release is None else _with_release(graph, published, release)
+    keys = {name: key for name, key in graph_keys(graph, home, root)[0].items() if name in published}
+    release = opponent_of(family, _own_release(home, [keys[name] for name in published]))
+    return graph if release is None else _with_release(graph, published, keys, release)
 
 
-def _with_release(graph: Graph, published: Sequence[str], release: Release) -> Graph:
+def _own_release(home: Home, keys: Sequence[str]) -> str:
+    """Return the id of the release that steps with these keys gave, the principal one first; empty where one has to
+    run yet: nobody has published that.
+    """
+    recorder = Recorder(home)
+    made = [entry for key in keys if (entry := recorder.find(key))]
+    return release_id([entry.outputs[""] for entry in made]) if len(made) == len(keys) else ""
+
+
+def _with_release(graph: Graph, published: Sequence[str], keys: Mapping[str, str], release: Release) -> Graph:
     publish = graph.loaded.recipe.publish
     assert publish is not None
     names: dict[str, str] = {}
+    shared: set[str] = set()
     champions: dict[str, Node] = {}
     compared: dict[str, list[str]] = {}
     for index, gate in enumerate(publish.gates):
         for judged in judged_members(gate, published) if gate.against else ():
             member = counterpart(release, judged, is_principal=judged == published[0])
+            if member.key == keys[judged]:
+                shared.add(judged)
+                continue
             name = CHAMPION if member is release.members[0] else f"{CHAMPION}[{member.role}]"
             names[judged] = name
             champions.setdefault(name, _node(name, release, member))
@@ -56,21 +71,22 @@ def _with_release(graph: Graph, published: Sequence[str], release: Release) -> G
     nodes = {**champions}
     for node in graph.nodes.values():
         nodes[node.name] = _with_candidates(node, compared.get(node.name, ()))
-    return replace(graph, nodes=nodes, opponent=Opponent(release.version, names))
+    return replace(graph, nodes=nodes, opponent=Opponent(release.version, names, frozenset(shared)))
 
 
-def opponent_of(family: Family, key: str) -> Release | None:
-    """Return the release that a model with this key is judged against; None for a family's first model."""
-    release = next((each for each in reversed(family.releases) if each.members[0].key == key), None)
-    version = family.aliases.get(CHAMPION) if release is None or release.succeeds is None else release.succeeds
-    seen: set[int] = set()
-    while version is not None and version not in seen:
-        seen.add(version)
-        found = family.release(str(version))
-        if found.members[0].key != key:
-            return found
-        version = found.succeeds
-    return None
+def opponent_of(family: Family, release: str) -> Release | None:
+    """Return the release that the one with this id is judged against; None where there is none, or none left.
+
+    That is the champion. What is champion itself keeps the one that it succeeded, or that stands behind it now where
+    that one was deleted in MLflow.
+    """
+    if CHAMPION not in family.aliases:
+        return None
+    champion = family.release(CHAMPION)
+    if champion.id != release:
+        return champion
+    before = (champion.succeeds, family.aliases.get("previous"))
+    return next((each for version in before for each in family.releases if each.version == version), None)
 
 
 def counterpart(release: Release, name: str, *, is_principal: bool) -> Member:

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from flows.execution import Execution
+from flows.graph import Graph
 from registry.family import load, publish, release_id
-from registry.gates import Evidence, GateDecision, decide
+from registry.gates import Evidence, GateDecision, decide, terms_of
 from registry.home import Home
 from registry.index import Entry, Index
 from registry.members import Release
@@ -38,11 +39,14 @@ def is_current(execution: Execution) -> Publication:
 
 
 def _still_holds(execution: Execution, release: Release) -> bool:
-    """Whether a release was judged, against the champion that it meets today where its gates speak of one."""
-    opponent = execution.plan.graph.opponent
-    met = opponent.version if opponent else None
-    decision = release.decision
-    return decision is not None and (not decision.needs_champion or decision.against == met)
+    """Whether a release was judged by the gates of today, and against the champion that it meets today."""
+    graph, decision = execution.plan.graph, release.decision
+    wanted = graph.loaded.recipe.publish
+    assert wanted is not None
+    if decision is None or decision.terms != terms_of(wanted.gates, _published(graph)):
+        return False
+    met = graph.opponent.version if graph.opponent else None
+    return not decision.needs_champion or decision.against == met
 
 
 def publish_release(execution: Execution) -> Publication:
@@ -68,20 +72,24 @@ def judge(
     found = {step: entries[graph.members(step)[0].name] for step in sorted({gate.step for gate in wanted.gates})}
     reports = {step: (entry.outputs[""], entry) for step, entry in found.items()}
     evidence = {step: Evidence.of(Report.of(store.open(digest))) for step, (digest, _) in reports.items()}
-    names = [node.name for member in wanted.members for node in graph.members(member)]
+    names = _published(graph)
     opponent = graph.opponent
     if opponent is None:
         return decide(wanted.gates, names, evidence), reports
-    decision = decide(wanted.gates, names, evidence, evidence, opponent.names)
+    decision = decide(wanted.gates, names, evidence, evidence, opponent.names, opponent.shared)
     return decision.model_copy(update={"against": opponent.version}), reports
 
 
 def _members(execution: Execution, entries: dict[str, Entry]) -> list[tuple[str, str, Entry]]:
-    graph = execution.plan.graph
+    names = _published(execution.plan.graph)
+    return [(name, entries[name].outputs[""], entries[name]) for name in names]
+
+
+def _published(graph: Graph) -> list[str]:
+    """Return the names of the published members, the principal one first."""
     wanted = graph.loaded.recipe.publish
     assert wanted is not None
-    nodes = [node for member in wanted.members for node in graph.members(member)]
-    return [(node.name, entries[node.name].outputs[""], entries[node.name]) for node in nodes]
+    return [node.name for member in wanted.members for node in graph.members(member)]
 
 
 def _is_known(home: Home, family: str) -> bool:

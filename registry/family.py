@@ -122,8 +122,8 @@ def publish(
 ) -> Release:
     """Register a release and move the aliases: `candidate` always, `champion` if the decision promotes.
 
-    The same members are the same release: a publication that was killed is completed, one that is complete stays. A
-    release that was rolled back is not promoted again by itself, whatever the gates say.
+    The same members, with the same principal one, are the same release: a publication that was killed is completed, one
+    that is complete stays. A release that was rolled back is not promoted again by itself, whatever the gates say.
 
     Args:
         execution: the run that publishes.
@@ -177,8 +177,12 @@ def _settle(registrar: Registrar, version: int, decision: GateDecision) -> GateD
 
 
 def release_id(digests: Sequence[str]) -> str:
-    """Return the id of the release that has these members: the sha256 over their sorted digests."""
-    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
+    """Return the id of the release that has these members: the sha256 over their digests.
+
+    The principal one comes first and counts as such, because aliases point to it; the order of the others is nothing.
+    """
+    principal, *others = digests
+    return hashlib.sha256("".join([principal, *sorted(others)]).encode()).hexdigest()
 
 
 def rollback(recorder: Recorder, family: str, reason: str = "") -> Release:
@@ -210,7 +214,7 @@ def rollback(recorder: Recorder, family: str, reason: str = "") -> Release:
         return registrar.state().release("champion")
 
 
-def promote(recorder: Recorder, family: str, reference: str, reason: str) -> Release:
+def promote(recorder: Recorder, family: str, reference: str, reason: str = "") -> Release:
     """Make a release champion by hand, also one that was rolled back or failed its gates; recorded with the reason.
 
     Raises:
@@ -219,7 +223,10 @@ def promote(recorder: Recorder, family: str, reference: str, reason: str) -> Rel
     with _writing(recorder, family) as registrar:
         release = registrar.state().release(reference)
         registrar.tag(release.version, "rolled_back", "")
-        _settle(registrar, release.version, GateDecision(promote=True, sentence=f"Promoted by hand: {reason}"))
+        said = f"Promoted by hand{': ' if reason else ''}{reason}."
+        # It stands until the gates change.
+        terms = release.decision.terms if release.decision else ""
+        _settle(registrar, release.version, GateDecision(promote=True, sentence=said, terms=terms))
         return registrar.state().release(str(release.version))
 
 
@@ -272,12 +279,16 @@ def _index(home: Home) -> Index:
 def _effective(state: Family, version: int, decision: GateDecision) -> GateDecision:
     """Return the decision, unless the release was rolled back before, or was judged against another champion."""
     rolled_back, champion = state.release(str(version)).rolled_back, state.aliases.get("champion")
+    if not decision.promote and champion == version:
+        why = decision.sentence.removeprefix("Not promoted: ")
+        return decision.model_copy(update={"sentence": f"It stays champion, though it would not become it now: {why}"})
     if not decision.promote:
         return decision
     if rolled_back:
         said = json.loads(rolled_back)
         because = f" ({said['reason']})" if said["reason"] else ""
-        why = f"this release was rolled back at {said['at']}{because}; promote it by hand if it is right"
+        by_hand = f"`posttrain promote {state.name} {version}`"
+        why = f"this release was rolled back at {said['at']}{because}; if it is right, {by_hand} makes it champion"
     elif decision.needs_champion and champion not in (decision.against, version):
         met = f"version {decision.against}" if decision.against else "no champion"
         why = f"it met {met}, and version {champion} is champion now; the next run judges it against that"

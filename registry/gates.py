@@ -1,19 +1,17 @@
 """Gates: statistical conditions under which a candidate becomes champion."""
 
+import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from registry.bootstrap import paired_bootstrap
 from registry.errors import RegistryError, nearest
 from steps.artifacts import Report
-
-if TYPE_CHECKING:
-    pass
 
 FEWEST_SAMPLES = 10
 """Below this many common samples a paired test says nothing and the gate does not hold."""
@@ -116,6 +114,8 @@ class GateDecision(BaseModel):
     sentence: str
     against: int | None = None
     """Version of the champion that the candidate met; None where there was none to meet."""
+    terms: str = ""
+    """Digest of the gates and of the members' names in order: what it was decided by, see `terms_of`."""
 
     @property
     def needs_champion(self) -> bool:
@@ -142,12 +142,19 @@ _STATISTICS = {
 }
 
 
+def terms_of(gates: Sequence[Gate], members: Sequence[str]) -> str:
+    """Return a digest of what a decision is made by: the gates, and the published members in order."""
+    terms = {"gates": [gate.model_dump(mode="json") for gate in gates], "members": list(members)}
+    return hashlib.sha256(json.dumps(terms, sort_keys=True).encode()).hexdigest()
+
+
 def decide(
     gates: Sequence[Gate],
     members: Sequence[str],
     evidence: Mapping[str, Evidence],
     champion: Mapping[str, Evidence] | None = None,
     champion_members: Mapping[str, str] | None = None,
+    shared: Collection[str] = (),
 ) -> GateDecision:
     """Judge all gates.
 
@@ -157,6 +164,7 @@ def decide(
         evidence: the new reports by step name.
         champion: reports of the champion by step name, None where the family has no champion.
         champion_members: name of a member in the champion's report where it differs (`merged` to `champion`).
+        shared: members that are the champion's own, and so no worse than it.
 
     Raises:
         RegistryError: a gate names a step, member or metric that does not exist.
@@ -168,6 +176,9 @@ def decide(
         for member in judged_members(gate, members):
             theirs = None if champion is None else champion.get(gate.step, Evidence(metrics={}))
             meets = (champion_members or {}).get(member, member)
+            if gate.against and member in shared:
+                outcomes.append(_shared(gate, member, evidence[gate.step]))
+                continue
             if theirs is evidence[gate.step] and meets == member and gate.against:
                 raise RegistryError(f"gate `{gate.metric}`: `{member}` meets no member of the champion, only itself")
             outcomes.append(judge(gate, member, evidence[gate.step], theirs, meets))
@@ -178,7 +189,8 @@ def decide(
         sentence = f"Promoted: {_count(len(outcomes))} held. {outcomes[0].sentence}"
     else:
         sentence = "Promoted: the recipe declares no gates."
-    return GateDecision(promote=not failed, outcomes=tuple(outcomes), sentence=sentence)
+    terms = terms_of(gates, members)
+    return GateDecision(promote=not failed, outcomes=tuple(outcomes), sentence=sentence, terms=terms)
 
 
 def judge(
@@ -240,6 +252,16 @@ def _bounds(gate: Gate, member: str, evidence: Evidence) -> GateOutcome | None:
     else:
         sentence = f"{gate.metric} of `{member}` is {value:.4g}, within its bound."
     return GateOutcome(gate=gate, member=member, passed=not (over or under), value=value, sentence=sentence)
+
+
+def _shared(gate: Gate, member: str, evidence: Evidence) -> GateOutcome:
+    """Judge a member that the champion has, too: only a bound can fail."""
+    bounded = _bounds(gate, member, evidence)
+    if bounded and not bounded.passed:
+        return bounded
+    value = evidence.metrics.get(f"{member}/{gate.name}")
+    sentence = f"`{member}` is the champion's own: equal in {gate.metric}."
+    return GateOutcome(gate=gate, member=member, passed=True, value=value, champion=value, sentence=sentence)
 
 
 def _compare(gate: Gate, member: str, evidence: Evidence, champion: Evidence, champion_name: str) -> GateOutcome:

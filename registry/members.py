@@ -51,7 +51,7 @@ class ReportRef(BaseModel):
 
 
 class Release(BaseModel):
-    """All members of one publication; its id is the sha256 over their sorted digests."""
+    """All members of one publication; its id is the sha256 over their digests, the principal's first."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 

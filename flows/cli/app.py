@@ -164,6 +164,25 @@ def rollback(
 
 
 @app.command()
+def promote(
+    name: Annotated[str, typer.Argument(metavar="FAMILY", help="Name of a family.")],
+    reference: Annotated[str, typer.Argument(metavar="VERSION", help="A version, an alias or a release's id.")],
+    reason: Annotated[str, typer.Option("--reason", help="Why; kept with the decision.")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Make a release champion by hand, whatever its gates said, also one that was rolled back."""
+    from registry.family import promote as promote_release
+    from registry.home import Home
+    from registry.record import Recorder
+
+    release = promote_release(Recorder(Home.from_environment()), name, reference, reason)
+    if as_json:
+        print_json(release.model_dump(mode="json"))
+    else:
+        console().print(f"{name}: version {release.version} is champion.", highlight=False)
+
+
+@app.command()
 def steps(
     kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help="A step kind, e.g. train.sft.")] = None,
     as_json: JsonOption = False,

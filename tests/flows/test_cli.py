@@ -12,7 +12,7 @@ from flows.recipe import load_recipe
 from flows.schema import recipe_schema
 from tests.flows.command import ROOT, Command
 
-COMMANDS = ("plan", "run", "ls", "show", "pull", "rollback", "steps", "doctor", "schema")
+COMMANDS = ("plan", "run", "ls", "show", "pull", "rollback", "promote", "steps", "doctor", "schema")
 SERVICE_COMMANDS = ("up", "down", "join", "status")
 
 

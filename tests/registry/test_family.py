@@ -205,7 +205,7 @@ def test_who_loses_to_another_machine_is_judged_against_that_ones_champion_next(
     assert two.decision and not two.decision.promote
     assert f"it met version {one.version}, and version {other.version} is champion now" in two.decision.sentence
     assert two.succeeds is None
-    met = opponent_of(load(workshop.home, "pico"), two.members[0].key)
+    met = opponent_of(load(workshop.home, "pico"), two.id)
     assert met and met.version == other.version
 
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from registry.bootstrap import paired_bootstrap
 from registry.errors import RegistryError
-from registry.gates import Evidence, Gate, GateDecision, GateOutcome, decide, judge
+from registry.gates import Evidence, Gate, GateDecision, GateOutcome, decide, judge, terms_of
 from tests.registry.workshop import Workshop
 
 SCORE = Gate(metric="quality.answer_score", against="champion", no_worse_by=0.01)
@@ -222,3 +222,20 @@ def test_kl_and_agreement_weigh_by_tokens_as_the_reports_do() -> None:
     for metric, value in (("kl", 0.01 * 0.99 + 1.0 * 0.01), ("top1_agreement", 0.99)):
         found = verdict(Gate(metric=f"quality.{metric}", against="champion"), evidence, evidence)
         assert found.value == pytest.approx(value)
+
+
+def test_a_member_that_the_champion_has_too_is_equal_and_only_a_bound_can_fail() -> None:
+    evidence = {"quality": Evidence(metrics={"merged/answer_score": 0.4})}
+    decision = decide([SCORE], ["merged"], evidence, evidence, {}, {"merged"})
+    assert decision.promote
+    assert (decision.outcomes[0].value, decision.outcomes[0].champion) == (0.4, 0.4)
+    bounded = SCORE.model_copy(update={"at_least": 0.5})
+    assert "it must be at least 0.5" in decide([bounded], ["merged"], evidence, evidence, {}, {"merged"}).sentence
+
+
+def test_a_decision_remembers_by_which_gates_and_members_it_was_made() -> None:
+    evidence = {"quality": rows("merged")}
+    made = decide([SCORE], ["merged", "gguf"], evidence)
+    assert made.terms == terms_of([SCORE], ["merged", "gguf"])
+    assert made.terms != terms_of([SCORE.model_copy(update={"no_worse_by": 0.02})], ["merged", "gguf"])
+    assert made.terms != terms_of([SCORE], ["gguf", "merged"])

@@ -64,15 +64,16 @@ class Workshop:
         parents: Mapping[str, Artifact[Any]] | None = None,
         step: str = "model.pico",
         output: str = "",
+        key: str = "",
     ) -> Artifact[Any]:
-        """Publish an artifact; its key follows from what it is made of."""
+        """Publish an artifact; its key follows from what it is made of, where none is given."""
         staging = self.home.root / "staging"
         shutil.rmtree(staging, ignore_errors=True)
         for name, content in files.items():
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             (staging / name).write_bytes(content)
         tree = digest_tree(staging)
-        key = hashlib.sha256(f"{step}{tree.sha256}".encode()).hexdigest()
+        key = key or hashlib.sha256(f"{step}{tree.sha256}".encode()).hexdigest()
         manifest = Manifest(
             kind=kind,
             tree=tree.sha256,
