@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from registry.importing import importing
 from registry.tracking import Tracking
 
 if TYPE_CHECKING:
@@ -119,7 +120,8 @@ class Champions:
         Returns:
             Whether it counts; if not, read anew and decide again.
         """
-        from mlflow.exceptions import MlflowException
+        with importing():
+            from mlflow.exceptions import MlflowException
 
         self._create()
         born = self._client.get_registered_model(self.family).creation_timestamp
@@ -166,7 +168,8 @@ class Champions:
         return True
 
     def _create(self) -> None:
-        from mlflow.exceptions import MlflowException
+        with importing():
+            from mlflow.exceptions import MlflowException
 
         said = f"Every move of the champion of {self.family}, in order. It decides; the aliases follow."
         try:

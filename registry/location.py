@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from urllib.parse import unquote, urlsplit
 
 from registry.errors import RegistryError
+from registry.importing import importing
 from steps.artifacts import MANIFEST_NAME, Artifact, Manifest, Store, digest_file, link_or_copy
 
 if TYPE_CHECKING:
@@ -109,7 +110,8 @@ class RemoteLocation:
     """A location behind MLflow's artifact repositories: the proxying server, S3, and so on."""
 
     def __init__(self, uri: str, tracking_uri: str) -> None:
-        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+        with importing():
+            from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
         self._uri = uri
         self._tracking_uri = tracking_uri
@@ -144,8 +146,9 @@ class RemoteLocation:
 
     def copy(self, name: str, target: Path) -> int:
         """Download the file, from where a broken download stopped if the server answers ranges."""
-        from mlflow.exceptions import MlflowException
-        from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
+        with importing():
+            from mlflow.exceptions import MlflowException
+            from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
         from requests import RequestException
 
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -161,9 +164,10 @@ class RemoteLocation:
 
 def _download(artifact_uri: str, name: str, target: Path) -> int:
     """Stream one file from MLflow's server, appending to what `target` already holds; return how much that was."""
-    from mlflow.utils.credentials import get_default_host_creds
-    from mlflow.utils.request_utils import augmented_raise_for_status
-    from mlflow.utils.rest_utils import http_request
+    with importing():
+        from mlflow.utils.credentials import get_default_host_creds
+        from mlflow.utils.request_utils import augmented_raise_for_status
+        from mlflow.utils.rest_utils import http_request
 
     held = target.stat().st_size if target.exists() else 0
     wish = {"Range": f"bytes={held}-", "Accept-Encoding": "identity"} if held else {"Accept-Encoding": "identity"}

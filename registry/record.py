@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from registry.errors import RegistryError
 from registry.home import Home
+from registry.importing import importing
 from registry.index import Entry, Index
 from registry.location import LocalLocation, Location, fetch
 from registry.run_data import json_tag, mlflow_name
@@ -171,7 +172,8 @@ class Recorder:
         return entry if entry.key == key and entry.run_id == run.info.run_id else None
 
     def _run(self, entry: Entry) -> "Run":
-        from mlflow.exceptions import MlflowException
+        with importing():
+            from mlflow.exceptions import MlflowException
 
         try:
             return self.tracking.client.get_run(entry.run_id)
@@ -267,7 +269,8 @@ class Execution:
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """Log headline metrics of the whole execution."""
-        from mlflow.entities import Metric
+        with importing():
+            from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
         values = [Metric(mlflow_name(name), float(value), now, 0) for name, value in metrics.items()]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from registry.champions import Champions, Standing
 from registry.errors import RegistryError, nearest
+from registry.importing import importing
 from registry.index import Entry
 from registry.members import Family, selectors
 from registry.record import Recorder
@@ -24,7 +25,8 @@ class Registrar:
 
     def create(self) -> None:
         """Make the registered model where it does not exist."""
-        from mlflow.exceptions import MlflowException
+        with importing():
+            from mlflow.exceptions import MlflowException
 
         try:
             self.client.create_registered_model(self.family, tags={FAMILY_TAG: "1"})

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+from registry.importing import importing
 from registry.index import Entry, Index
 from registry.location import Location
 from registry.run_data import Point, flatten, json_tag, last_values, mlflow_name, read_points
@@ -101,7 +102,8 @@ class StepRun:
         self._log_work()
         metrics = self._log_metrics(artifacts, models)
         if models:
-            from mlflow.entities import LoggedModelOutput
+            with importing():
+                from mlflow.entities import LoggedModelOutput
 
             self.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, 0) for model_id in models.values()])
         entry = Entry(
@@ -123,7 +125,8 @@ class StepRun:
         return entry
 
     def _log_config(self) -> None:
-        from mlflow.entities import Param
+        with importing():
+            from mlflow.entities import Param
 
         params = {mlflow_name(name): value for name, value in flatten(self.step.config)}
         for batch in _batches([Param(name, value) for name, value in params.items()], _BATCH_PARAMS):
@@ -131,7 +134,8 @@ class StepRun:
 
     def _log_inputs(self) -> None:
         """Link the run to its parents: datasets as MLflow datasets, models as logged models."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput
+        with importing():
+            from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput
 
         datasets, models = [], set()
         for role, digest in self.step.inputs.items():
@@ -184,7 +188,8 @@ class StepRun:
 
     def _log_metrics(self, artifacts: Mapping[str, Artifact[Any]], models: Mapping[str, str]) -> dict[str, float]:
         """Log the curves to the run, and the last value of each metric to the models it speaks of."""
-        from mlflow.entities import Metric
+        with importing():
+            from mlflow.entities import Metric
 
         points = read_points(self.step.metrics_file)
         last = last_values(points)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from registry.errors import RegistryError
-from registry.home import Home, silence_telemetry
+from registry.home import Home
+from registry.importing import importing
 from registry.index import Index
 from registry.location import LocalLocation, Location, location_at
 
@@ -50,7 +51,8 @@ class Tracking:
 
     def experiment(self, name: str) -> str:
         """Return the id of the experiment with this name; made, or restored from the bin, where need be."""
-        from mlflow.exceptions import MlflowException
+        with importing():
+            from mlflow.exceptions import MlflowException
 
         with self._lock:
             if name in self._experiments:
@@ -107,7 +109,8 @@ class Tracking:
         Raises:
             RegistryError: there is no such model, it is another artifact, or it lies outside the home.
         """
-        from mlflow.exceptions import MlflowException
+        with importing():
+            from mlflow.exceptions import MlflowException
 
         if not _MODEL_ID.fullmatch(model_id):
             raise RegistryError(f"`{model_id}` is no MLflow model id")
@@ -133,7 +136,8 @@ class Tracking:
 
         `SqlAlchemyStore.create_model_version` looks its source up at the global URI, not at the client's.
         """
-        import mlflow
+        with importing():
+            import mlflow
 
         self.client  # noqa: B018 - opening it first keeps the environment silent
         before = os.environ.get("MLFLOW_TRACKING_URI")
@@ -148,9 +152,6 @@ class Tracking:
 
 
 def _open(home: Home) -> "MlflowClient":
-    silence_telemetry()
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     uri = home.tracking_uri
     if home.has_server:
         _probe(uri)
@@ -161,14 +162,16 @@ def _open(home: Home) -> "MlflowClient":
         )
     home.root.mkdir(parents=True, exist_ok=True)
 
-    from mlflow import MlflowClient
+    # The client's making imports, too.
+    with importing():
+        from mlflow import MlflowClient
 
-    # After the import, which sets them itself: the migrations of a new database are no news.
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # Two processes that both find no database must not both make its tables.
-    with Index(home.index).lock("database"):
-        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+        # After the import, which sets them itself: the migrations of a new database are no news.
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        # Two processes that both find no database must not both make its tables.
+        with Index(home.index).lock("database"):
+            return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def _probe(uri: str) -> None:

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from registry.champions import SUFFIX, replay
 from registry.gates import GateDecision
+from registry.importing import importing
 from registry.members import Family, Member, Release, ReportRef
 from registry.tracking import Tracking
 
@@ -21,7 +22,8 @@ FAMILY_TAG = "posttrain.family"
 
 def read_family(tracking: Tracking, family: str) -> Family | None:
     """Ask MLflow for a family; None where there is none of ours."""
-    from mlflow.exceptions import MlflowException
+    with importing():
+        from mlflow.exceptions import MlflowException
 
     try:
         registered = tracking.client.get_registered_model(family)
