@@ -121,7 +121,7 @@ class Execution:
         state.began = datetime.now(UTC)
         step = state.planned
         try:
-            if step.status == "cached" and step.entry:
+            if step.status == "cached" and step.entry and not step.damaged:
                 self._take(state, step.entry)
             else:
                 # Two runs of one home wait for each other here, and the second finds what the first made.
@@ -159,7 +159,7 @@ class Execution:
         """Run a step, or only record it, unless another run of this home has done so since the plan."""
         step = state.planned
         made = self.recorder.index.get(step.key)
-        if made and not any(self.home.store.fault(digest) for digest in made.outputs.values()):
+        if made and self._is_sound(made):
             return self._take(state, made)
         result = step.result if step.status == "record" and step.result else self._launch(state)
         state.message = result.message
@@ -168,6 +168,23 @@ class Execution:
             state.entry = self._remember(step, result, state.began)
         state.outcome = result.status
         return None
+
+    def _is_sound(self, entry: Entry) -> bool:
+        """Whether a finished step's files are as they were: here, or on the server, which gives anew what is damaged.
+
+        What is not here at all is fetched when it is asked for.
+        """
+        store, has_server = self.home.store, self.home.has_server
+        for digest in entry.outputs.values():
+            if (has_server and not store.has(digest)) or store.fault(digest) is None:
+                continue
+            if not has_server:
+                return False
+            try:
+                self.recorder.fetch(digest, entry)
+            except RegistryError:
+                return False
+        return True
 
     def _launch(self, state: StepState) -> StepResult:
         step = state.planned

@@ -52,6 +52,8 @@ class PlannedStep:
     entry: Entry | None = None
     result: StepResult | None = None
     """What the interrupted attempt left, for `record`."""
+    damaged: bool = False
+    """Whether files of a cached step are unsound here and have to be fetched from the server."""
     predicted: Prediction | None = None
     likeness: str = ""
     """Digest of its settings and those of all steps before it."""
@@ -161,17 +163,24 @@ class _Known:
         step = PlannedStep(node, key, "run", predicted=self.prediction(likeness), likeness=likeness)
         entry = self.recorder.find(key)
         if entry is not None:
-            fault = self.fault(entry.outputs)
-            elsewhere = self.home.has_server and not any(map(self.home.store.has, entry.outputs.values()))
-            if fault is None or elsewhere:
-                return replace(step, status="cached", entry=entry, reason="made elsewhere" if elsewhere else "")
-            return replace(step, reason=f"made before, but {fault}")
+            return self.made(step, entry)
         work = self.home.work(key)
         if (result := _left_result(work)) and self.fault(result.outputs) is None:
             return replace(step, status="record", result=result, reason="finished, not yet recorded")
         if (work / SPEC_NAME).exists() and any((work / "scratch").glob("*")):
             return replace(step, status="resume", reason="interrupted before")
         return step
+
+    def made(self, step: PlannedStep, entry: Entry) -> PlannedStep:
+        """Return a step that was made before: sound here, or on the server, or to be made again."""
+        if not self.home.has_server:
+            fault = self.fault(entry.outputs)
+            return replace(step, reason=f"made before, but {fault}") if fault else _cached(step, entry)
+        # What is not here the server has; it is fetched when a step or the report asks for it.
+        here = {name: digest for name, digest in entry.outputs.items() if self.home.store.has(digest)}
+        if fault := self.fault(here):
+            return replace(_cached(step, entry), damaged=True, reason=f"{fault}; the server has it")
+        return replace(_cached(step, entry), reason="" if len(here) == len(entry.outputs) else "made elsewhere")
 
     def fault(self, outputs: Mapping[str, str]) -> str | None:
         """Return what is wrong with the first unsound output, or None."""
@@ -186,6 +195,11 @@ class _Known:
     def prediction(self, likeness: str) -> Prediction | None:
         last = next((entry for entry in self.entries if entry.likeness == likeness), None)
         return Prediction(last.seconds, last.peak_memory, last.size) if last else None
+
+
+def _cached(step: PlannedStep, entry: Entry) -> PlannedStep:
+    """Return a step as finished before."""
+    return replace(step, status="cached", entry=entry)
 
 
 def _left_result(work: Path) -> StepResult | None:

@@ -14,12 +14,12 @@ from registry.errors import RegistryError
 from registry.home import Home
 from registry.importing import importing
 from registry.index import Entry, Index
-from registry.location import LocalLocation, Location, fetch
+from registry.location import LocalLocation, Location, fetch, read_manifest
 from registry.run_data import json_tag, mlflow_name
 from registry.step_run import ENTRY_NAME, StepRecord, StepRun, output_folder, share_files
 from registry.tracking import Tracking
 from registry.versions import family_names, read_family
-from steps.artifacts import Artifact
+from steps.artifacts import Artifact, Manifest
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -134,6 +134,15 @@ class Recorder:
             if store.fault(digest) is None:
                 return store.open(digest)
             return fetch(store, self.location(entry, digest), digest)
+
+    def manifest(self, digest: str, entry: Entry) -> Manifest:
+        """Return the manifest of one of a step's outputs, from MLflow where the artifact itself is not here.
+
+        Raises:
+            RegistryError: MLflow no longer holds it, or holds it damaged.
+        """
+        store = self.home.store
+        return store.open(digest).manifest if store.has(digest) else read_manifest(self.location(entry, digest), digest)
 
     def write(self, execution: "Execution", step: StepRecord) -> Entry:
         """Record one finished step, see `Execution.record`."""

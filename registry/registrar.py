@@ -36,8 +36,7 @@ class Registrar:
 
     def register(self, release: str, members: Sequence[tuple[str, str, Entry]]) -> int:
         """Make the versions that the release still lacks; return the principal member's."""
-        store = self.recorder.home.store
-        manifests = [(role, store.open(digest).manifest) for role, digest, _ in members]
+        manifests = [(role, self.recorder.manifest(digest, entry)) for role, digest, entry in members]
         names = selectors(self.family, manifests)
         there = self._there(release)
         for (role, digest, entry), (_, manifest), name in zip(members, manifests, names, strict=True):

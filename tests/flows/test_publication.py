@@ -49,14 +49,8 @@ class Nights:
         self, gates: str = BOUND, members: str = "sft, gguf", seed: int = 1, schemes: str = "Q8_0", **nll: float
     ) -> tuple[bool, Release]:
         """Return whether there was nothing to do, and the release."""
-        text = RECIPE.replace("SEED", str(seed)).replace("SCHEMES", schemes)
-        recipe = self.folder / "nights.yaml"
-        recipe.write_text(text.replace("MEMBERS", members).replace("GATES", gates), encoding="utf-8")
-        record = self.workshop.begin("nights")
-        for step in self.plan(recipe).plan.steps.values():
-            if step.status == "run":
-                record.record(self.workshop.step(step.name, *self.made(step, nll)))
-        record.finish()
+        recipe = self.recipe(gates, members, seed, schemes)
+        self.run(recipe, nll)
         execution = self.plan(recipe)
         assert not execution.plan.todo
         if current := is_current(execution):
@@ -68,8 +62,21 @@ class Nights:
         assert is_current(self.plan(recipe)), "the night after has nothing to do"
         return False, release
 
-    def plan(self, recipe: Path) -> Execution:
-        return Execution(plan_recipe(str(recipe), (), thorough=False, home=self.home), self.home, 1)
+    def recipe(self, gates: str, members: str, seed: int, schemes: str) -> Path:
+        text = RECIPE.replace("SEED", str(seed)).replace("SCHEMES", schemes)
+        path = self.folder / "nights.yaml"
+        path.write_text(text.replace("MEMBERS", members).replace("GATES", gates), encoding="utf-8")
+        return path
+
+    def run(self, recipe: Path, nll: dict[str, float]) -> None:
+        record = self.workshop.begin("nights")
+        for step in self.plan(recipe).plan.steps.values():
+            if step.status == "run":
+                record.record(self.workshop.step(step.name, *self.made(step, nll)))
+        record.finish()
+
+    def plan(self, recipe: Path, *, thorough: bool = False) -> Execution:
+        return Execution(plan_recipe(str(recipe), (), thorough=thorough, home=self.home), self.home, 1)
 
     def made(self, step: PlannedStep, nll: dict[str, float]) -> list[Artifact[Any]]:
         kind = {output: each.kind for output, each in step.node.outputs.items()}

@@ -42,7 +42,7 @@ def imports(tree: ast.AST, inside: bool = False) -> Iterator[tuple[int, bool]]:
         if isinstance(node, ast.ImportFrom):
             names = [node.module or ""]
         if any(name.partition(".")[0] == "mlflow" for name in names):
-            yield node.lineno, safe
+            yield getattr(node, "lineno", 0), safe
         yield from imports(node, safe)
 
 
