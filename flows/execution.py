@@ -220,6 +220,7 @@ class Execution:
             store=self.home.store.root,
             cache=self.home.cache,
             resolved=resolved,
+            sources=self.plan.prints.get(node.name, {}),
             resources=node.resources,
             devices=devices,
         )

@@ -35,7 +35,7 @@ def with_opponent(graph: Graph, home: Home, root: Path) -> Graph:
     if family is None:
         return graph
     published = [node.name for member in publish.members for node in graph.members(member)]
-    keys = {name: key for name, key in graph_keys(graph, home, root)[0].items() if name in published}
+    keys = {name: key for name, key in graph_keys(graph, home, root).keys.items() if name in published}
     release = opponent_of(family, _own_release(home, [keys[name] for name in published]))
     return graph if release is None else _with_release(graph, published, keys, release)
 

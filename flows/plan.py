@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from flows.graph import Graph, Node
 from flows.runtimes import Say, fault, gpu_fault, imported, needed, prove_unproven, unproven
@@ -77,6 +77,8 @@ class Plan:
     steps: Mapping[str, PlannedStep]
     registry: Mapping[str, str] = field(default_factory=dict)
     """Artifact digest of each `registry://` source."""
+    prints: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """By step, the fingerprint of each other source that it reads."""
 
     @property
     def todo(self) -> list[PlannedStep]:
@@ -108,7 +110,7 @@ def make_plan(graph: Graph, home: Home, root: Path, *, thorough: bool, say: Say 
     Raises:
         UserError: a source that the key depends on cannot be read.
     """
-    keys, registry = graph_keys(graph, home, root)
+    keys, registry, prints = graph_keys(graph, home, root)
     index = Index(home.index)
     known = _Known(index, home, thorough)
     alike = likenesses(graph)
@@ -117,13 +119,29 @@ def make_plan(graph: Graph, home: Home, root: Path, *, thorough: bool, say: Say 
         todo = [step.node for step in steps.values() if _is_to_run(step)]
         prove_unproven((name for node in todo for name in (*imported(node), *needed(graph, node))), say)
     reachable = {name: _blocked(graph, step, home, root) for name, step in steps.items()}
-    return Plan(graph, reachable, registry)
+    return Plan(graph, reachable, registry, prints)
 
 
-def graph_keys(graph: Graph, home: Home, root: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the key of every node, and the artifact digest of every `registry://` source."""
+class Keys(NamedTuple):
+    """What is known of a graph before anything runs."""
+
+    keys: dict[str, str]
+    """By node."""
+    registry: dict[str, str]
+    """Artifact digest of each `registry://` source."""
+    prints: dict[str, dict[str, str]]
+    """By node, the fingerprint of each other source."""
+
+
+def graph_keys(graph: Graph, home: Home, root: Path) -> Keys:
+    """Compute the key of every node, from what its sources hold now.
+
+    Raises:
+        UserError: a source cannot be read.
+    """
     keys: dict[str, str] = {}
     registry: dict[str, str] = {}
+    read: dict[str, dict[str, str]] = {}
     for node in graph.nodes.values():
         prints = {}
         for name, uris in sources_of(node.config).items():
@@ -131,7 +149,8 @@ def graph_keys(graph: Graph, home: Home, root: Path) -> tuple[dict[str, str], di
                 prints[uri] = _fingerprint(graph, node, name, uri, home, root, registry)
         parents = {name: [f"{keys[ref.step]}:{ref.output}" for ref in refs] for name, refs in node.edges.items()}
         keys[node.name] = step_key(node.kind, node.config, parents, prints, node.resources.world)
-    return keys, registry
+        read[node.name] = {uri: found for uri, found in prints.items() if not uri.startswith(REGISTRY)}
+    return Keys(keys, registry, read)
 
 
 def likenesses(graph: Graph) -> dict[str, str]:

@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -74,6 +75,7 @@ def _run(spec: StepSpec, rank: int) -> StepResult:
     done = time.perf_counter()
     drafts: Mapping[str, Draft] = {"": returned} if isinstance(returned, Draft) else returned
     _check_outputs(kind, config, drafts)
+    _check_sources(spec)
     store = Store(spec.store)
     outputs = {name: _publish(spec, kind, config, name, draft, parents, store).digest for name, draft in drafts.items()}
     own = ready - began + time.perf_counter() - done
@@ -154,6 +156,21 @@ def _check_outputs(kind: StepKind, config: StepConfig, drafts: Mapping[str, Draf
     given = {name: type(value[0] if isinstance(value, list) else value) for name, value in values.items() if value}
     if found != (declared := kind.outputs_of(config, given)):
         raise TypeError(f"{kind.name} must return {declared}, it returned {found}")
+
+
+def _check_sources(spec: StepSpec) -> None:
+    """Refuse to publish, under a key that speaks of other bytes, what was made of a source that changed meanwhile.
+
+    Raises:
+        UserError: a source is no longer what it was when the key was computed.
+    """
+    # Sources are part of what steps do, and stand on the frame.
+    from steps.sources import fingerprint
+
+    for uri, planned in spec.sources.items():
+        if fingerprint(uri, Path.cwd()) != planned:
+            shutil.rmtree(spec.work / "scratch", ignore_errors=True)
+            raise UserError(f"step `{spec.name}`: {uri} changed between the plan and the end of the step; run again")
 
 
 def limit_threads(cpus: int) -> None:

@@ -47,6 +47,8 @@ class StepSpec(_Message):
     """Directory for downloads, shared by all steps."""
     resolved: Mapping[str, InputSpec] = {}
     """`registry://` sources, already fetched by the flow."""
+    sources: Mapping[str, str] = {}
+    """Fingerprint, as it entered the key, of each other source that the step reads."""
     resources: Resources = Resources()
     devices: tuple[str, ...] = ()
     """GPUs that it may use, as `CUDA_VISIBLE_DEVICES` names them, where it asks for some."""
