@@ -13,7 +13,7 @@ from registry.record import Recorder
 from tests.registry.recording_process import YES, record
 from tests.registry.workshop import Workshop
 
-LAST_COMMIT = 100
+LAST_COMMIT = 120
 """A child that nobody kills commits about this often, see the test that says so."""
 
 Kill = Callable[[Home, int], int]
