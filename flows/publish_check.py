@@ -35,14 +35,21 @@ def check_publish(graph: "Graph") -> None:
     for index, gate in enumerate(publish.gates):
         place = ("publish", "gates", index)
         metric = gate.metric.partition(".")[2]
-        reports = [node.name for node in graph.members(gate.step) if node.outputs.get("") is Report]
+        reports = [node for node in graph.members(gate.step) if node.outputs.get("") is Report]
         if len(reports) > 1:
-            choice = " or ".join(f"`{name}.{metric}`" for name in reports)
+            choice = " or ".join(f"`{node.name}.{metric}`" for node in reports)
             raise graph.loaded.error((*place, "metric"), f"`{gate.step}` is several reports; name one: {choice}")
         if not reports:
             known = [each.name for each in graph.nodes.values() if each.outputs.get("") is Report]
             raise graph.loaded.error(
                 (*place, "metric"), f"no report step `{gate.step}`{did_you_mean(gate.step, known)}"
+            )
+        distances = [each.name for each in reports[0].config.metrics if each.distance]
+        if gate.against and gate.name in distances:
+            raise graph.loaded.error(
+                (*place, "against"),
+                f"{gate.metric} is the distance to tonight's reference, and the champion's to it says nothing of which "
+                "is better; write `at_most:` or `at_least:` with a bound instead",
             )
         if gate.member is not None and not any(gate.member in (node.name, node.family) for node in published):
             near = did_you_mean(gate.member, {name for node in published for name in (node.name, node.family)})

@@ -17,7 +17,7 @@ FEWEST_SAMPLES = 10
 """Below this many common samples a paired test says nothing and the gate does not hold."""
 
 Row = Mapping[str, Any]
-"""A row of a comparison report: `sample`, `candidate`, `score`, `nll`, `tokens`, `kl`, `top1`."""
+"""A row of a comparison report: `sample`, `candidate`, `score`, `nll`, `tokens`."""
 
 
 class Gate(BaseModel):
@@ -30,7 +30,8 @@ class Gate(BaseModel):
     member: str | None = None
     """Published step that is judged; a matrix step stands for each of its members. Default: the first member."""
     against: Literal["champion"] | None = None
-    """Compare with the family's champion, sample by sample."""
+    """Compare with the family's champion, sample by sample: what the rows say of a model by itself. A distance to the
+    report's reference (`kl`, `top1_agreement`) takes a bound."""
     test: Literal["paired_bootstrap"] = "paired_bootstrap"
     """Bootstrap over samples with 10,000 resamples (Koehn 2004, https://aclanthology.org/W04-3250/)."""
     no_worse_by: float = Field(default=0.0, ge=0)
@@ -77,7 +78,7 @@ class Evidence(BaseModel):
         with report.rows_file.open(encoding="utf-8") as lines:
             for row in map(json.loads, lines):
                 # Prompts and answers are not judged; a large report would fill the memory with them.
-                kept = {name: row.get(name) for name in ("sample", "score", "nll", "tokens", "kl", "top1")}
+                kept = {name: row.get(name) for name in ("sample", "score", "nll", "tokens")}
                 rows.setdefault(row["candidate"], []).append(kept)
         return cls(metrics=report.facts.metrics, rows={name: tuple(each) for name, each in rows.items()})
 
@@ -123,7 +124,7 @@ class GateDecision(BaseModel):
         return any(outcome.gate.against for outcome in self.outcomes)
 
 
-class _Statistic(NamedTuple):
+class Statistic(NamedTuple):
     """How a metric is computed from rows: the mean of a field, weighted by another, then perhaps exponentiated."""
 
     field: str
@@ -132,14 +133,14 @@ class _Statistic(NamedTuple):
     exponential: bool = False
 
 
-_STATISTICS = {
-    "accuracy": _Statistic("score", higher_is_better=True),
-    "answer_score": _Statistic("score", higher_is_better=True),
-    "top1_agreement": _Statistic("top1", higher_is_better=True, weight="tokens"),
-    "kl": _Statistic("kl", higher_is_better=False, weight="tokens"),
-    "nll": _Statistic("nll", higher_is_better=False, weight="tokens"),
-    "perplexity": _Statistic("nll", higher_is_better=False, weight="tokens", exponential=True),
+STATISTICS = {
+    # No distance to the reference: the champion was made from another one, and is far from tonight's however good.
+    "accuracy": Statistic("score", higher_is_better=True),
+    "answer_score": Statistic("score", higher_is_better=True),
+    "nll": Statistic("nll", higher_is_better=False, weight="tokens"),
+    "perplexity": Statistic("nll", higher_is_better=False, weight="tokens", exponential=True),
 }
+"""By metric: what a paired test can compare two models by."""
 
 
 def terms_of(gates: Sequence[Gate], members: Sequence[str]) -> str:
@@ -266,10 +267,10 @@ def _shared(gate: Gate, member: str, evidence: Evidence) -> GateOutcome:
 
 def _compare(gate: Gate, member: str, evidence: Evidence, champion: Evidence, champion_name: str) -> GateOutcome:
     """Rule out, or not, that the candidate is worse than the champion by more than the margin."""
-    if gate.name not in _STATISTICS:
-        near = nearest(gate.name, _STATISTICS)
+    if gate.name not in STATISTICS:
+        near = nearest(gate.name, STATISTICS)
         raise RegistryError(f"gate `{gate.metric}`: no sample-by-sample test of `{gate.name}`{near}")
-    statistic = _STATISTICS[gate.name]
+    statistic = STATISTICS[gate.name]
     if member not in evidence.rows:
         raise RegistryError(
             f"gate `{gate.metric}`: the report has no rows of `{member}`{nearest(member, evidence.rows)}"
@@ -323,7 +324,7 @@ def _pairs(ours: Sequence[Row], theirs: Sequence[Row], field: str) -> list[tuple
 
 
 def _bootstrapped(
-    pairs: Sequence[tuple[Row, Row]], statistic: _Statistic, confidence: float
+    pairs: Sequence[tuple[Row, Row]], statistic: Statistic, confidence: float
 ) -> tuple[float, float, float, float]:
     import numpy as np
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from steps.artifacts import Dataset, Draft, Model, Quantized, Report, ReportFacts
-from steps.frame import Input, Job, NamesOf, Resources, StepConfig, UserError, step
+from steps.frame import Input, Job, Metric, NamesOf, Resources, StepConfig, UserError, step
 from steps.frame.hardware import fast_dtype
 from steps.lm.checkpoint import Dtype, load_tokenizer
 from steps.lm.rows import write_jsonl
@@ -49,6 +49,19 @@ class Compare(StepConfig):
 
     In `bfloat16` a model diverges from its own float32 self by some 0.001 nats: below that, KL says nothing.
     """
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """Quality, distance to the reference, and size."""
+        return (
+            Metric("perplexity", paired=True),
+            Metric("nll", paired=True, summed_up=False),
+            Metric("answer_score", paired=True),
+            Metric("kl", distance=True),
+            Metric("top1_agreement", distance=True),
+            Metric("size_bytes"),
+            Metric("parameters"),
+        )
 
 
 @step(

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from steps.artifacts import Adapter, Dataset, Draft, Model, Report, ReportFacts, RewardModel
 from steps.evaluate._names import candidate_names
-from steps.frame import Follows, Input, Job, NamesOf, Resources, UserError, step
+from steps.frame import Follows, Input, Job, Metric, NamesOf, Resources, UserError, step
 from steps.lm.generate import Sampling, check_budgets
 from steps.lm.tasks import PASSED
 from steps.train.rewards import LIBRARIES as VERIFIERS
@@ -60,6 +60,19 @@ class EvaluateTasks(Sampling):
     def budgets(self) -> list[int | None]:
         """Thinking budgets that are evaluated, the report's own last."""
         return self.thinking_tokens or [None]
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """Accuracy and what goes with it, at the last budget; without rows at each other one."""
+        last = [
+            Metric("accuracy", paired=True),
+            *map(Metric, ("accuracy_low", "accuracy_high", "mean_tokens", "truncated")),
+            *([Metric("majority")] if self.samples > 1 else ()),
+            Metric("p_value", distance=True),
+        ]
+        limits = [budget for budget in self.budgets if budget is not None] if len(self.budgets) > 1 else []
+        at_limits = [Metric(f"{each.name}_at_{limit}", distance=each.distance) for limit in limits for each in last]
+        return (*last, *at_limits)
 
 
 @step(

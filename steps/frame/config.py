@@ -154,6 +154,20 @@ class Resources(BaseModel):
         return self.launch or ("ddp" if self.gpus else "ddp-cpu")
 
 
+@dataclass(frozen=True)
+class Metric:
+    """A figure that a report gives of each model that it measures: what a gate of the recipe may name."""
+
+    name: str
+    paired: bool = False
+    """Whether the report's rows hold it sample by sample, so that a paired test can tell two models apart by it."""
+    distance: bool = False
+    """Whether it is taken to the report's first model, which has none itself. One model's distance to its own
+    reference and another's to its own say nothing of which model is better."""
+    summed_up: bool = True
+    """Whether the report gives it as one figure, on which a bound can be put."""
+
+
 class StepConfig(BaseModel):
     """Base of every step's config. Unknown keys are refused; nothing can be changed after validation."""
 
@@ -182,6 +196,11 @@ class StepConfig(BaseModel):
     @property
     def opened_by(self) -> tuple[str, ...]:
         """Native runtimes by which what these settings make is opened, torch aside: steps that take it need them."""
+        return ()
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """Figures of the report that these settings give; gates can be put on no other."""
         return ()
 
     def check_resources(self, resources: Resources) -> None:
