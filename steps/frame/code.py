@@ -9,7 +9,7 @@ processes) stands in the config or in the key by itself.
 import ast
 import hashlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,6 +17,13 @@ from pathlib import Path
 import steps as rooms
 
 _AROUND = ("steps.__main__", "steps.frame", "steps.runtime")
+
+_FORMATTED: tuple[type[ast.expr], ...] = (ast.JoinedStr, getattr(ast, "TemplateStr", ast.JoinedStr))
+"""Strings with values in them; those with `t` are there from Python 3.14 on."""
+
+_Range = tuple[int, int]
+_Ranges = dict[int, list[_Range]]
+"""By the number of a line, where in its UTF-8 bytes something begins and ends; `sys.maxsize` where it goes on."""
 
 Find = Callable[[str], Path | None]
 """Returns the file of a module by its full name, None where the module does not count."""
@@ -132,32 +139,64 @@ def _parents(module: str) -> Iterator[str]:
 
 def _essence(text: str, nodes: Iterable[ast.AST]) -> str:
     """Return a module's text without comments, docstrings and blank lines: the same for every version of Python."""
-    explaining: set[int] = set()
-    strings: dict[int, list[tuple[int, int]]] = {}
-    for node in nodes:
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            explaining.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
-        elif isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str)):
-            last = node.end_lineno or node.lineno
-            for line in range(node.lineno, last + 1):
-                start, end = node.col_offset if line == node.lineno else 0, node.end_col_offset or 0
-                strings.setdefault(line, []).append((start, end if line == last else sys.maxsize))
-    lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if number not in explaining)
-    kept = (_code_of(line, strings.get(number, [])) for number, line in lines)
+    known = list(nodes)
+    docstrings = [node.value for node in known if isinstance(node, ast.Expr) and _is_text(node.value)]
+    formatted = [node for node in known if isinstance(node, _FORMATTED)]
+    # Before Python 3.12 what stands within a formatted string is said to be in odd places; the whole covers it.
+    within = {id(part) for node in formatted for part in ast.walk(node) if part is not node}
+    others = within | {id(node) for node in docstrings}
+    constants = [node for node in known if isinstance(node, ast.Constant) and isinstance(node.value, str | bytes)]
+    explaining = _places(docstrings)
+    literal = _places(node for node in (*formatted, *constants) if id(node) not in others)
+    lines = enumerate(text.split("\n"), 1)
+    kept = (_code_of(line, literal.get(number, ()), explaining.get(number, ())) for number, line in lines)
     return "\n".join(line for line in kept if line is not None)
 
 
-def _code_of(line: str, strings: list[tuple[int, int]]) -> str | None:
-    """Return a line up to the first `#` that stands in no string, None where nothing is left.
+def _is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def _places(nodes: Iterable[ast.expr]) -> _Ranges:
+    """Return the parts of lines over which nodes extend."""
+    ranges: _Ranges = {}
+    for node in nodes:
+        last = node.end_lineno or node.lineno
+        for line in range(node.lineno, last + 1):
+            start = node.col_offset if line == node.lineno else 0
+            ranges.setdefault(line, []).append((start, (node.end_col_offset or 0) if line == last else sys.maxsize))
+    return ranges
+
+
+def _code_of(line: str, literal: Sequence[_Range], explaining: Sequence[_Range]) -> str | None:
+    """Return a line without docstrings, up to the first `#` that stands in no string; None where nothing is left.
 
     Args:
         line: as it stands in the file.
-        strings: the parts of it that belong to strings, as ranges of its UTF-8 bytes.
+        literal: the parts of it that belong to strings, as ranges of its UTF-8 bytes.
+        explaining: those that belong to docstrings.
     """
-    if any(end == sys.maxsize for _, end in strings):
-        return line
-    content, place = line.encode(), -1
-    while (place := content.find(b"#", place + 1)) >= 0:
-        if not any(start <= place < end for start, end in strings):
-            content = content[:place]
-    return content.decode().rstrip() or None
+    if not explaining and "#" not in line and not literal:
+        return line.rstrip() or None
+    content = line.encode()
+    # Masked, so that what is found there is neither a comment nor in the way of one.
+    masked = bytearray(content)
+    for start, end in (*literal, *explaining):
+        end = min(end, len(masked))
+        masked[start:end] = b"_" * (end - start)
+    comment = masked.find(b"#")
+    end = len(content) if comment < 0 else comment
+    code = b"".join(content[begin:stop] for begin, stop in _between(explaining, end)).decode()
+    if any(stop == sys.maxsize for _, stop in literal):
+        # The string goes on in the next line: all to the end is its own.
+        return code
+    return code.rstrip() or None
+
+
+def _between(cut: Iterable[_Range], end: int) -> Iterator[_Range]:
+    """Yield the ranges up to an end that are left where some are cut out."""
+    begin = 0
+    for start, stop in sorted(cut):
+        yield (begin, start)
+        begin = min(stop, end)
+    yield (begin, end)

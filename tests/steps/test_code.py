@@ -1,5 +1,6 @@
 """Keys follow the code: what a step runs is in its key, and what only explains it is not."""
 
+import ast
 import json
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import steps as rooms
 from steps.frame import code as code_of_steps
 from steps.frame import load_kind
-from steps.frame.code import code_digest, code_modules
+from steps.frame.code import code_digest, code_modules, digest_modules
 from steps.frame.keys import step_key
 from steps.frame.kinds import kind_names
 from tests.steps.test_frame import spec_of
@@ -77,6 +78,66 @@ def test_comments_docstrings_blank_lines_and_what_runs_every_step_do_not_count(e
     edit("frame/runner.py", "", "MORE = 1\n")
     edit("runtime/proof.py", "", "MORE = 1\n")
     assert {name: code_digest(f"steps.{name}") for name in kind_names()} == before
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('A = (b"#", 1)', 'A = (b"#", 2)'),
+        ('A = b"##"', 'A = b"#!"'),
+        ('A = f"{1}#a"', 'A = f"{1}#b"'),
+        ("A = rb'''\n# 1\n'''", "A = rb'''\n# 2\n'''"),
+        ('def f(r): "Scores."; return [1.0]', 'def f(r): "Scores."; return [0.0]'),
+        ('class E(Exception): """x"""; limit = 5', 'class E(Exception): """x"""; limit = 6'),
+        ('"""What\nit does"""; LIMIT = 5', '"""What\nit does"""; LIMIT = 6'),
+        ('A = x.startswith(b"#### ") and x > 3', 'A = x.startswith(b"#### ") and x > 99'),
+        ('A = "é#"; B = 1  # é', 'A = "é#"; B = 2  # é'),
+    ],
+)
+def test_what_stands_in_a_line_after_a_string_counts(tmp_path: Path, before: str, after: str) -> None:
+    assert essence(tmp_path, before) != essence(tmp_path, after)
+
+
+def test_the_essence_of_a_module_is_one_text_on_every_version_of_python() -> None:
+    """Written out, since each version finds the places of nested strings in its own way."""
+    text = '''"""Why."""  # noqa
+
+import re  # for `#`
+def f(x: str) -> str:  "Says # it."; return x   # done
+class A:
+    """More
+    # of it"""; size = 1
+    name = f"{x!r:>{len('#')}} #" f"#{'#' + y['#']}"  # comment
+
+    text = f"""
+  {x['#']} # no comment
+    {y}
+
+ #"""  # comment
+    joined = ("a#"  # stays: it is within the string's own lines
+        "b#")
+"""é#"""; z = "é#"  # é
+'''
+    kept = '''import re
+def f(x: str) -> str:  ; return x
+class A:
+; size = 1
+    name = f"{x!r:>{len('#')}} #" f"#{'#' + y['#']}"
+    text = f"""
+  {x['#']} # no comment
+    {y}
+
+ #"""
+    joined = ("a#"  # stays: it is within the string's own lines
+        "b#")
+; z = "é#"'''
+    assert code_of_steps._essence(text, list(code_of_steps._running(ast.parse(text)))) == kept
+
+
+def essence(folder: Path, text: str) -> str:
+    path = folder / f"m{abs(hash(text))}.py"
+    path.write_text(f"{text}\n", encoding="utf-8")
+    return digest_modules({"m": path})
 
 
 def test_a_kind_is_not_changed_by_code_that_it_does_not_run(edit: Edit) -> None:
