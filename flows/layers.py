@@ -131,7 +131,10 @@ def override(content: dict[str, Any], text: str, known: Collection[str]) -> None
         if part not in here and (index > 0 or part not in known):
             shown = ".".join(parents[: index + 1])
             raise UserError(f"--set {path}: the recipe has no `{shown}`{did_you_mean(part, here)}")
-        current = current.setdefault(part, {})
+        below = current.get(part, {})
+        # Copied, because where the recipe writes an anchor and its aliases, all of them are this one mapping.
+        current[part] = dict(below) if isinstance(below, dict) else below
+        current = current[part]
     if not isinstance(current, dict):
         raise UserError(f"--set {path}: `{'.'.join(parents)}` is not a mapping")
     if value is None:

@@ -195,6 +195,31 @@ def test_set_overrides_and_says_what_it_does_not_know(recipe: Build) -> None:
     assert "write path=value" in refusal(recipe, overrides=("steps.sft",))
 
 
+def test_a_key_that_is_set_changes_no_other_step_that_shares_its_anchor(write: Callable[[str, str], Path]) -> None:
+    """Nor does a profile, or a recipe that extends this one; the anchor's own place stays, too."""
+    sft = "{uses: train.sft, model: base, data: data.train, adapter: *lora}"
+    path = write(
+        "shared.yaml",
+        "name: shared\nbase: {uses: model.pico}\nvars: {lora: &lora {kind: lora, rank: 16}}\nsteps:\n"
+        f"  data: {{uses: data.prepare, source: python-stdlib-docs}}\n  a: {sft}\n  b: {sft}\n  c: {sft}\n"
+        "profiles: {small: {steps: {b: {adapter: {rank: 4}}}}}\n",
+    )
+    above = write("above.yaml", "extends: shared.yaml\nsteps: {c: {adapter: {rank: 2}}}\n")
+
+    def ranks(path: Path, *overrides: str, profile: str = "") -> list[int]:
+        loaded = load_recipe(path, overrides, profile)
+        nodes = build_graph(loaded).nodes
+        found = [nodes[name].config.model_dump()["adapter"]["rank"] for name in "abc"]
+        return [*found, loaded.recipe.vars["lora"]["rank"]]
+
+    assert ranks(path) == [16, 16, 16, 16]
+    assert ranks(path, "steps.a.adapter.rank=8") == [8, 16, 16, 16]
+    assert ranks(path, "steps.a.adapter.rank=8", "steps.b.adapter.rank=2") == [8, 2, 16, 16]
+    assert ranks(path, "steps.a.adapter.rank=8", profile="small") == [8, 4, 16, 16]
+    assert ranks(above, "steps.a.adapter.rank=8", profile="small") == [8, 4, 2, 16]
+    assert ranks(path, "vars.lora.rank=32") == [16, 16, 16, 32]
+
+
 def test_variables(recipe: Build) -> None:
     graph = recipe(("seed: 3", "seed: 3\nvars: {most: 7}"), ("max_steps: 4", "max_steps: '${vars.most}'"))
     assert graph.nodes["sft"].config.model_dump()["max_steps"] == 7
