@@ -15,11 +15,15 @@ from flows.rounds import (
     check_carried,
     check_clear,
     check_names,
+    check_round,
+    known_names,
     latest,
     meant,
     occurrences,
     picked,
+    same_round,
     titled,
+    written,
 )
 from steps.artifacts import Artifact
 from steps.frame import Follow, Like, Ref, Resources, StepConfig, StepKind, UserError, load_kind
@@ -198,17 +202,20 @@ def _connect(loaded: LoadedRecipe, node: Node, nodes: Mapping[str, Node]) -> Nod
 
 def _resolve(loaded: LoadedRecipe, node: Node, edge: EdgeSpec, ref: Ref, nodes: Mapping[str, Node]) -> list[Ref]:
     """Return the outputs that a reference means: several where the field is a list and the name means several."""
-    known = {name for each in nodes.values() for name in (each.name, each.family)} - {node.name, node.family}
+    place = (*node.place, edge.field)
     group = loaded.recipe.steps.get(node.group)
     if isinstance(group, Rounds):
-        known |= set(group.carry)
-        found, output = meant(group, (node.group, node.round), ref, nodes.values())
+        spot = (node.group, node.round)
+        if ref.step not in group.carry and not same_round(spot, ref.step, nodes.values()):
+            check_round(loaded, place, node.group, ref, nodes.values())
+            check_clear(loaded, place, nodes.values(), ref.step)
+        found, output = meant(group, spot, ref, nodes.values())
     else:
-        found, output = called(nodes.values(), ref.step), ref.output
-    place = (*node.place, edge.field)
-    if not isinstance(group, Rounds):
         check_clear(loaded, place, nodes.values(), ref.step)
-    return picked(loaded, place, Ref(ref.step, output), found if edge.many else latest(found), known, many=edge.many)
+        found, output = called(nodes.values(), ref.step), ref.output
+    found = found if edge.many else latest(found)
+    known = () if found else known_names(loaded, node, nodes.values())
+    return picked(loaded, place, Ref(ref.step, output), found, known, many=edge.many, inside=node.group)
 
 
 def _follow(loaded: LoadedRecipe, node: Node, nodes: Mapping[str, Node]) -> Node:
@@ -305,7 +312,7 @@ def _check_kinds(loaded: LoadedRecipe, node: Node, nodes: Mapping[str, Node]) ->
                 raise loaded.error(
                     (*node.place, name),
                     f"{node.kind.name} takes {names} here, `{ref}` ({nodes[ref.step].kind.name}) gives {given.named()}"
-                    f"{_fitting(node, wanted, nodes)}",
+                    f"{_fitting(loaded, node, wanted, nodes)}",
                 )
     for declared in node.kind.produces.values():
         if isinstance(declared, Like):
@@ -324,10 +331,12 @@ def _check_alike(loaded: LoadedRecipe, node: Node, name: str, nodes: Mapping[str
             )
 
 
-def _fitting(node: Node, wanted: tuple[type[Artifact[Any]], ...], nodes: Mapping[str, Node]) -> str:
-    """Name the steps before this one whose output would fit."""
+def _fitting(
+    loaded: LoadedRecipe, node: Node, wanted: tuple[type[Artifact[Any]], ...], nodes: Mapping[str, Node]
+) -> str:
+    """Name the last step before this one whose output would fit."""
     fits = [
-        str(Ref(each.name, output))
+        str(Ref(written(loaded, each, node.group), output))
         for each in itertools.takewhile(lambda other: other.name != node.name, nodes.values())
         for output, kind in each.outputs.items()
         if issubclass(kind, wanted)

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from flows.rounds import check_clear
+from flows.rounds import check_clear, written
 from steps.artifacts import Artifact, Quantized, Report
 from steps.frame.errors import did_you_mean
 
@@ -37,7 +37,7 @@ def check_publish(graph: "Graph") -> None:
         metric = gate.metric.partition(".")[2]
         reports = [node for node in graph.members(gate.step) if node.outputs.get("") is Report]
         if len(reports) > 1:
-            choice = " or ".join(f"`{node.name}.{metric}`" for node in reports)
+            choice = " or ".join(f"`{written(graph.loaded, node)}.{metric}`" for node in reports)
             raise graph.loaded.error((*place, "metric"), f"`{gate.step}` is several reports; name one: {choice}")
         if not reports:
             known = [each.name for each in graph.nodes.values() if each.outputs.get("") is Report]

@@ -67,6 +67,30 @@ def called(nodes: Iterable["Node"], name: str) -> list["Node"]:
     return []
 
 
+def written(loaded: LoadedRecipe, node: "Node", inside: str = "") -> str:
+    """Return how a reference names a node of the last round, or of its own: without the round, which may not last.
+
+    Args:
+        loaded: the recipe.
+        node: what is meant.
+        inside: group in which the reference stands.
+    """
+    group = loaded.recipe.steps.get(node.group)
+    like_a_round = isinstance(group, Rounds) and node.member in map(str, range(1, group.rounds + 1))
+    return node.name if like_a_round and node.group != inside else titled(node.family, node.member)
+
+
+def known_names(loaded: LoadedRecipe, node: "Node", nodes: Iterable["Node"]) -> set[str]:
+    """Return the names that a node's config may hold; those of its own group have no round."""
+    group = loaded.recipe.steps.get(node.group)
+    names = {*group.carry} if isinstance(group, Rounds) else set[str]()
+    for each in nodes:
+        if each.family != node.family:
+            alike = each.group == node.group
+            names |= {each.family, written(loaded, each, node.group) if alike else each.name}
+    return names
+
+
 def check_clear(loaded: LoadedRecipe, place: Sequence[str | int], nodes: Iterable["Node"], name: str) -> None:
     """Refuse a name that may mean a round of a step, or a member of its matrix.
 
@@ -80,6 +104,22 @@ def check_clear(loaded: LoadedRecipe, place: Sequence[str | int], nodes: Iterabl
         raise loaded.error(
             place,
             f"`{name}` may mean the member {member.member} of every round, or round {other.round}; write {both}",
+        )
+
+
+def check_round(loaded: LoadedRecipe, place: Sequence[str], group: str, ref: Ref, nodes: Iterable["Node"]) -> None:
+    """Refuse a reference that takes a step of its own group from one and the same round, in whichever round it stands.
+
+    Raises:
+        UserError: it does; the sentence says what means the same round's step.
+    """
+    pinned = [node for node in called(nodes, ref.step) if node.group == group]
+    if pinned:
+        name = titled(pinned[0].family, pinned[0].member if ref.step == pinned[0].name else "")
+        raise loaded.error(
+            place,
+            f"`{ref.step}` is of one round of `{group}` for ever; write `{Ref(name, ref.output)}`, without its number "
+            "(what the round before made comes by `carry:`)",
         )
 
 
@@ -106,14 +146,25 @@ def meant(rounds: Rounds, spot: tuple[str, int], ref: Ref, nodes: Collection["No
             (latest(called(nodes, start.step)), start.output) if number == 1 else meant(rounds, before, then, nodes)
         )
         return found, ".".join(filter(None, (output, ref.output)))
-    family, _, member = ref.step.removesuffix("]").partition("[")
+    return same_round(spot, ref.step, nodes) or called(nodes, ref.step), ref.output
+
+
+def same_round(spot: tuple[str, int], name: str, nodes: Iterable["Node"]) -> list["Node"]:
+    """Return the nodes of a group's round, given as in `meant`, that a name means in it: `tuned`, `tuned[MEMBER]`."""
+    family, _, member = name.removesuffix("]").partition("[")
     alike = [node for node in nodes if (node.group, node.round, node.family) == (*spot, family)]
-    own = [node for node in alike if not member or node.member == member]
-    return own or called(nodes, ref.step), ref.output
+    return [node for node in alike if not member or node.member == member]
 
 
 def picked(
-    loaded: LoadedRecipe, place: Sequence[str], ref: Ref, found: Sequence["Node"], known: Collection[str], *, many: bool
+    loaded: LoadedRecipe,
+    place: Sequence[str],
+    ref: Ref,
+    found: Sequence["Node"],
+    known: Collection[str],
+    *,
+    many: bool,
+    inside: str = "",
 ) -> list[Ref]:
     """Return the outputs that a reference means.
 
@@ -124,6 +175,7 @@ def picked(
         found: the nodes that its name means.
         known: names that could have been meant.
         many: whether the key takes several.
+        inside: group in which the reference stands.
 
     Raises:
         UserError: there is no such step or output, or there are several where one is asked for.
@@ -131,11 +183,11 @@ def picked(
     if not found:
         raise loaded.error(place, f"there is no step `{ref.step}`{did_you_mean(ref.step, known)}")
     if len(found) > 1 and not many:
-        choice = " or ".join(f"`{each.name}`" for each in found)
+        choice = " or ".join(f"`{written(loaded, each, inside)}`" for each in found)
         raise loaded.error(place, f"`{ref.step}` is a matrix of {len(found)} steps; name one: {choice}")
     for node in found:
         if ref.output not in node.outputs:
-            outputs = [str(Ref(node.name, output)) for output in node.outputs]
+            outputs = [str(Ref(ref.step, output)) for output in node.outputs]
             raise loaded.error(place, f"`{ref}` does not exist{did_you_mean(str(ref), outputs)}")
     return [Ref(node.name, ref.output) for node in found]
 
@@ -177,10 +229,13 @@ def check_carried(loaded: LoadedRecipe, nodes: Mapping[str, "Node"], *, kinds: b
             if then.step.partition("[")[0] not in rounds.steps:
                 message = f"`{then.step}` is no step of `{group}`{did_you_mean(then.step, rounds.steps)}"
                 raise loaded.error((*place, "then"), message)
+            if not (later_nodes := same_round((group, 1), then.step, inside)):
+                check_round(loaded, (*place, "then"), group, then, nodes.values())
             known = {node.family for node in outside}
             there = latest(called(outside, start.step))
             (first,) = picked(loaded, (*place, "start"), start, there, known, many=False)
-            (later,) = picked(loaded, (*place, "then"), then, called(inside, then.step), rounds.steps, many=False)
+            spot = (*place, "then")
+            (later,) = picked(loaded, spot, then, later_nodes, rounds.steps, many=False, inside=group)
             before, after = (nodes[ref.step].outputs[ref.output] for ref in (first, later))
             if kinds and before != after:
                 message = f"every round needs the same kind: `{start}` gives {before.named()}, `{then}` {after.named()}"

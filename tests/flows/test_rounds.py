@@ -151,17 +151,54 @@ def test_many_rounds_are_planned_quickly(loop: Loop) -> None:
         ("model: policy", "model: polcy", "12: steps.improve.steps.tuned.model: there is no step `polcy`; did you"),
         ("start: base", "start: bsae", "10: steps.improve.carry.policy.start: there is no step `bsae`; did you mean"),
         ("start: base", "start: tuned", "carry.policy.start: `tuned` is of the group; name what is there before its f"),
-        ("start: base", "start: data", "carry.policy.start: `data` does not exist; did you mean `data.eval`?"),
+        ("start: base", "start: data", "carry.policy.start: `data` does not exist; did you mean `data."),
         ("start: base", "start: data.train", "policy: every round needs the same kind: `data.train` gives a Dataset"),
         ("then: merged", "then: data", "10: steps.improve.carry.policy.then: `data` is no step of `improve`;"),
         ("then: merged", "then: mergd", "carry.policy.then: `mergd` is no step of `improve`; did you mean `merged`?"),
         ("then: merged", "then: tuned", "every round needs the same kind: `base` gives a Model, `tuned` an Adapter"),
-        ("then: merged", "then: gguf", "`gguf` is a matrix of 2 steps; name one: `gguf[1,Q8_0]` or `gguf[1,F16]`"),
+        ("then: merged", "then: gguf", "`gguf` is a matrix of 2 steps; name one: `gguf[Q8_0]` or `gguf[F16]`"),
         ("then: merged", "thn: merged", "10: steps.improve.carry.policy.thn: unknown key; did you mean `then`?"),
         ("rounds: 3", "rouns: 3", "8: steps.improve.rouns: unknown key; did you mean `rounds`?"),
         ("rounds: 3", "rounds: 0", "8: steps.improve.rounds: input should be greater than or equal to 1, not 0"),
         ("max_steps: 4", "max_stps: 4", "12: steps.improve.steps.tuned.max_stps: unknown key; did you mean `max_steps"),
-        ("model: policy", "model: 'merged[3]'", "the steps form a cycle: merged[3] → tuned[3] → merged[3]"),
+        ("model: policy", "model: merged", "the steps form a cycle: tuned[1] → merged[1] → tuned[1]"),
+        (
+            "model: policy",
+            "model: 'merged[3]'",
+            "tuned.model: `merged[3]` is of one round of `improve` for ever; write",
+        ),
+        (
+            "model: policy",
+            "model: gguf",
+            "tuned.model: `gguf` is a matrix of 2 steps; name one: `gguf[Q8_0]` or `gguf[F",
+        ),
+        (
+            "model: policy",
+            "model: 'gguf[2,F16]'",
+            "for ever; write `gguf[F16]`, without its number",
+        ),
+        ("model: policy", "model: 'gguf[2]'", "for ever; write `gguf`, without its number"),
+        ("model: policy", "model: 'polcy[1]'", "there is no step `polcy[1]`; did you mean `policy`?"),
+        ("model: policy", "model: 'mergd[1]'", "there is no step `mergd[1]`; did you mean `merged`?"),
+        ("adapter: tuned", "adapter: 'tuned[1]'", "merged.adapter: `tuned[1]` is of one round of `improve` for ever;"),
+        (
+            "then: merged",
+            "then: 'merged[1]'",
+            "policy.then: `merged[1]` is of one round of `improve` for ever; write `mer",
+        ),
+        (
+            "then: merged",
+            "then: 'gguf[1,F16]'",
+            "policy.then: `gguf[1,F16]` is of one round of `improve` for ever; write `",
+        ),
+        (
+            "model: merged, m",
+            "model: tuned, m",
+            "gguf.model: quantize.gguf takes a Model here, `tuned[1]` (train.sft) gives an Adap",
+        ),
+        ("model: merged, m", "model: tuned, m", "; `merged` would fit"),
+        ("reference: merged", "reference: tuned", "; `merged` would fit"),
+        ("reference: merged", "reference: gguf", "`gguf` is a matrix of 2 steps; name one: `gguf[Q8_0]` or `gguf[F"),
         ("  quality:", "  tuned: {uses: model.pico}\n  quality:", "15: steps.tuned: the name `tuned` is taken by"),
         ("      policy:", "      tuned:", "12: steps.improve.steps.tuned: the name `tuned` is taken by"),
         ("      gguf:", "      inner: {rounds: 2, steps: {}}\n      gguf:", "`inner` is a group within a group"),
@@ -179,6 +216,53 @@ def test_a_step_from_which_the_rounds_begin_cannot_take_what_they_make(loop: Loo
     message = refusal(loop, ("  improve:", cold), ("start: base", "start: cold"))
     assert ":7: steps.cold.model: `merged` is made in the rounds of `improve`, which need `cold`" in message
     assert "cold → merged[3] → tuned[3] → merged[2] → tuned[2] → merged[1] → tuned[1] → cold" in message
+
+
+def test_what_is_suggested_within_a_group_means_the_same_rounds_step(loop: Loop) -> None:
+    """A matrix within the group, and the sentence's own advice taken."""
+    fan = ("data: data.train, max_steps: 4", "data: data.train, adapter: {kind: full}, matrix: {max_steps: [2, 40]}")
+    many = ("{uses: merge.adapter, adapter: tuned}", "{uses: train.sft, model: tuned, data: data.train}")
+    assert "model: `tuned` is a matrix of 2 steps; name one: `tuned[2]` or `tuned[40]`" in refusal(loop, fan, many)
+    chosen = (many[0], "{uses: train.sft, model: 'tuned[2]', data: data.train, adapter: {kind: full}}")
+    graph = loop(fan, chosen)
+    for number in (1, 2, 3):
+        assert [ref.step for ref in graph.nodes[f"merged[{number}]"].edges["model"]] == [f"tuned[{number},2]"]
+    then = ("then: merged", "then: tuned")
+    assert "policy.then: `tuned` is a matrix of 2 steps; name one: `tuned[2]`" in refusal(loop, fan, chosen, then)
+    graph = loop(fan, chosen, ("then: merged", "then: 'tuned[40]'"))
+    assert graph.nodes["tuned[3,2]"].parents == ["tuned[2,40]", "data"]
+
+
+def test_from_outside_a_suggested_name_stays_the_last_rounds(loop: Loop) -> None:
+    """Unless its member looks like a round: then only the whole name is clear."""
+    reference = ("reference: merged", "reference: tuned")
+    fan = ("data: data.train, max_steps: 4", "data: data.train, adapter: {kind: full}, matrix: {max_steps: [2, 40]}")
+    merged = ("{uses: merge.adapter, adapter: tuned}", "{uses: train.sft, model: 'tuned[2]', data: data.train}")
+    full = (merged[0], merged[1].replace("}", ", adapter: {kind: full}}"))
+    message = refusal(loop, fan, full, reference)
+    assert "quality.reference: `tuned` is a matrix of 2 steps; name one: `tuned[3,2]` or `tuned[40]`" in message
+    loop40 = loop(fan, full, ("reference: merged", "reference: 'tuned[40]'"), overrides=("steps.improve.rounds=4",))
+    assert [ref.step for ref in loop40.nodes["quality"].edges["reference"]] == ["tuned[4,40]"]
+
+
+def test_a_report_that_a_gate_may_name_stays_the_last_rounds(loop: Loop) -> None:
+    score = (
+        "score: {uses: evaluate.compare, reference: merged, candidates: gguf, data: data.eval, matrix: {rows: [4, 8]}}"
+    )
+    message = refusal(loop, ("      gguf:", f"      {score}\n      gguf:"), ("metric: quality.kl", "metric: score.kl"))
+    assert "`score` is several reports; name one: `score[4].kl` or `score[8].kl`" in message
+
+
+def test_a_name_of_another_group_that_may_be_a_round_or_a_member_is_refused_within_a_group_too(loop: Loop) -> None:
+    fan = ("data: data.train, max_steps: 4", "data: data.train, adapter: {kind: full}, matrix: {max_steps: [2, 40]}")
+    full = (
+        "{uses: merge.adapter, adapter: tuned}",
+        "{uses: train.sft, model: 'tuned[2]', data: data.train, adapter: {kind: full}}",
+    )
+    more = "  more: {rounds: 2, steps: {then: {uses: train.sft, model: 'tuned[2]', data: data.train}}}\n  quality:"
+    assert "steps.more.steps.then.model: `tuned[2]` may mean the member 2" in refusal(
+        loop, fan, full, ("  quality:", more)
+    )
 
 
 @pytest.mark.slow
