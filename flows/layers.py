@@ -14,6 +14,8 @@ PROFILES = "profiles"
 """Key of a recipe under which its profiles stand: partial recipes by name."""
 _OF_ENVIRONMENT = "Environment variable"
 """How OmegaConf begins to say that one is not set."""
+_LONGEST = 64
+"""Letters of a profile's name: it is part of the name of folders, and of a family."""
 _REPLACING = ("uses", "kind")
 """Keys that say what a mapping is; with another value its other keys are others, too."""
 
@@ -90,6 +92,8 @@ def profiles_of(content: dict[str, Any], file: YamlFile) -> dict[str, Mapping[st
         where = f"{file.where((PROFILES, name))}: {PROFILES}.{name}"
         if not str(name).replace("_", "").replace("-", "").isalnum():
             raise UserError(f"{where}: a profile's name may hold letters, digits, `-` and `_` only")
+        if len(str(name)) > _LONGEST:
+            raise UserError(f"{where:.200}: a profile's name may have {_LONGEST} letters")
         if partial is not None and not isinstance(partial, Mapping):
             raise UserError(f"{where}: a profile is a partial recipe, a mapping, not {partial!r}")
         if own := {"extends", PROFILES} & set(partial or {}):

@@ -1,13 +1,21 @@
 """What a recipe publishes, checked before anything runs: its members, and the reports that its gates read."""
 
-from typing import TYPE_CHECKING, Any
+import math
+from typing import TYPE_CHECKING
 
 from flows.rounds import check_clear, written
-from steps.artifacts import Artifact, Quantized, Report
+from flows.yaml_file import Place
+from registry.gates import Gate, judged_members
+from steps.artifacts import Adapter, Quantized, Report
+from steps.frame import Metric, Ref
+from steps.frame.config import name_fields_of
 from steps.frame.errors import did_you_mean
 
 if TYPE_CHECKING:
     from flows.graph import Graph, Node
+
+_SCHEME = ("scheme", "bits", "group_size")
+"""Settings of quantizing steps from which the scheme of what they give is made."""
 
 
 def check_publish(graph: "Graph") -> None:
@@ -34,35 +42,103 @@ def check_publish(graph: "Graph") -> None:
     _check_distinct(graph, published)
     for index, gate in enumerate(publish.gates):
         place = ("publish", "gates", index)
-        metric = gate.metric.partition(".")[2]
-        reports = [node for node in graph.members(gate.step) if node.outputs.get("") is Report]
-        if len(reports) > 1:
-            choice = " or ".join(f"`{written(graph.loaded, node)}.{metric}`" for node in reports)
-            raise graph.loaded.error((*place, "metric"), f"`{gate.step}` is several reports; name one: {choice}")
-        if not reports:
-            known = [each.name for each in graph.nodes.values() if each.outputs.get("") is Report]
-            raise graph.loaded.error(
-                (*place, "metric"), f"no report step `{gate.step}`{did_you_mean(gate.step, known)}"
-            )
-        distances = [each.name for each in reports[0].config.metrics if each.distance]
-        if gate.against and gate.name in distances:
-            raise graph.loaded.error(
-                (*place, "against"),
-                f"{gate.metric} is the distance to tonight's reference, and the champion's to it says nothing of which "
-                "is better; write `at_most:` or `at_least:` with a bound instead",
-            )
+        report = _report(graph, place, gate)
+        metric = _metric(graph, place, gate, report)
         if gate.member is not None and not any(gate.member in (node.name, node.family) for node in published):
             near = did_you_mean(gate.member, {name for node in published for name in (node.name, node.family)})
             raise graph.loaded.error((*place, "member"), f"`{gate.member}` is not among the published members{near}")
+        for name in judged_members(gate, [node.name for node in published]):
+            _check_measured(graph, place, gate, report, metric, graph.nodes[name])
+
+
+def _report(graph: "Graph", place: Place, gate: Gate) -> "Node":
+    """Return the report step that a gate reads."""
+    reports = [node for node in graph.members(gate.step) if node.outputs.get("") is Report]
+    if len(reports) > 1:
+        choice = " or ".join(f"`{written(graph.loaded, node)}.{gate.written_name}`" for node in reports)
+        raise graph.loaded.error((*place, "metric"), f"`{gate.step}` is several reports; name one: {choice}")
+    if not reports:
+        known = [each.name for each in graph.nodes.values() if each.outputs.get("") is Report]
+        raise graph.loaded.error((*place, "metric"), f"no report step `{gate.step}`{did_you_mean(gate.step, known)}")
+    return reports[0]
+
+
+def _metric(graph: "Graph", place: Place, gate: Gate, report: "Node") -> Metric:
+    """Return the metric that a gate names, which must be one that its condition can be put on."""
+    declared = {each.name: each for each in report.config.metrics}
+    metric = declared.get(gate.name)
+    if metric is None:
+        said = f"`{gate.step}` ({report.kind.name}) has no metric `{gate.written_name}`"
+        raise graph.loaded.error((*place, "metric"), f"{said}{did_you_mean(gate.written_name, declared)}")
+    if gate.against and metric.distance:
+        raise graph.loaded.error(
+            (*place, "against"),
+            f"{gate.metric} is the distance to tonight's reference, and the champion's to it says nothing of which is "
+            "better; write `at_most:` or `at_least:` with a bound instead",
+        )
+    if gate.against and not metric.paired:
+        paired = ", ".join(each.name for each in declared.values() if each.paired)
+        raise graph.loaded.error(
+            (*place, "against"),
+            f"{gate.metric} has no value sample by sample, so no paired test with the champion; write `at_most:` or "
+            f"`at_least:` with a bound instead, or name one of {paired}",
+        )
+    for bound in ("at_most", "at_least", "no_worse_by"):
+        value = getattr(gate, bound)
+        if value is not None and not math.isfinite(value):
+            raise graph.loaded.error((*place, bound), f"{value} is no bound; give a finite number")
+    if not metric.summed_up and (gate.at_most, gate.at_least) != (None, None):
+        figures = ", ".join(each.name for each in declared.values() if each.summed_up)
+        said = f"the report has {gate.metric} by rows only, on which no bound can be put; name one of {figures}"
+        raise graph.loaded.error((*place, "metric"), said)
+    return metric
+
+
+def _check_measured(graph: "Graph", place: Place, gate: Gate, report: "Node", metric: Metric, judged: "Node") -> None:
+    """Refuse a gate on a member that its report does not measure, or not by this metric."""
+    measured = _measured(report)
+    name, key = judged.name, (*place, "member" if gate.member else "metric")
+    if (ref := measured.get(name)) is None or ref.step != name:
+        others = [called for called, ref in measured.items() if ref.step == name]
+        named = ", ".join(f"`{each}`" for each in measured)
+        said = f"does not measure `{name}`, but {named}; name it among its `candidates`, or another `member` here"
+        if others:
+            said = f"calls `{name}` `{others[0]}`, and gates know it by its step's name; leave its `names` out"
+        raise graph.loaded.error(key, f"`{gate.step}` {said}")
+    if metric.distance and name == next(iter(measured)):
+        said = f"`{name}` is the reference of `{gate.step}`, so it has no {gate.written_name}; name another `member`"
+        raise graph.loaded.error(key, said)
+    if gate.against and judged.outputs[""] is Adapter:
+        raise graph.loaded.error(
+            (*place, "against"),
+            f"`{name}` is an Adapter, which cannot be measured once it is the champion; publish a merged model first "
+            "in `members`, or leave `against` out",
+        )
+
+
+def _measured(report: "Node") -> dict[str, Ref]:
+    """Return the models that a report measures under the names by which it calls them, its reference first."""
+    found: dict[str, Ref] = {}
+    for field, source in name_fields_of(report.kind.config).items():
+        names = getattr(report.config, field)
+        names = (names,) if isinstance(names, str) else names or ()
+        for name, ref in zip(names, report.edges.get(source, ()), strict=False):
+            found.setdefault(name, ref)
+    return found
 
 
 def _check_distinct(graph: "Graph", published: "list[Node]") -> None:
-    """Refuse members that the registry could not tell apart; it tells quantized ones by the scheme they end up with."""
-    first: dict[type[Artifact[Any]], Node] = {}
+    """Refuse members that the registry could not tell apart; it tells quantized ones by their scheme."""
+    first: dict[object, Node] = {}
     for node in published:
+        if any(node is other for other in first.values()):
+            raise graph.loaded.error(("publish", "members"), f"`{node.name}` is named twice; name it once")
         kind = node.outputs[""]
-        if kind is not Quantized and first.setdefault(kind, node) is not node:
+        scheme = {name: value for name in _SCHEME if (value := getattr(node.config, name, None)) is not None}
+        same: object = (kind, node.kind.name, *scheme.values()) if scheme else node.name if kind is Quantized else kind
+        if (other := first.setdefault(same, node)) is not node:
+            alike = f"{kind.named()} of the same scheme" if kind is Quantized else kind.named()
             raise graph.loaded.error(
                 ("publish", "members"),
-                f"`{first[kind].name}` and `{node.name}` are each {kind.named()}, and a family has one; name one",
+                f"`{other.name}` and `{node.name}` are each {alike}, and a family has one; name one",
             )

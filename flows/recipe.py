@@ -11,12 +11,17 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from flows.layers import extended, interpolated, override, profiles_of, with_profile
 from flows.yaml_file import Place, YamlFile
+from registry.champions import SUFFIX
 from registry.gates import Gate
 from steps.frame import Resources, UserError
 from steps.frame.errors import did_you_mean
 
 _MOST = 1000
 """Members of a matrix, and rounds of a group."""
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""What a recipe and a family may be called."""
+_LONGEST = 128
+"""Letters of such a name: the registry takes no more, and it is the name of folders, too."""
 
 
 class _Part(BaseModel):
@@ -26,12 +31,19 @@ class _Part(BaseModel):
 class Publish(_Part):
     """What is registered when every step has finished."""
 
-    family: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    family: str = Field(pattern=_NAME, max_length=_LONGEST)
     """Name under which people pull it."""
     members: list[str] = Field(min_length=1)
     """Steps whose outputs belong to the family; the first is the one that gates compare."""
     gates: list[Gate] = []
     """Conditions under which the candidate becomes `champion`."""
+
+    @field_validator("family")
+    @classmethod
+    def _kept(cls, family: str) -> str:
+        if family.endswith(SUFFIX):
+            raise ValueError(f"`{SUFFIX}` at a family's end is the registry's own; give it another name")
+        return family
 
 
 class Schedule(_Part):
@@ -114,7 +126,7 @@ Entry = Annotated[Annotated[StepEntry, Tag("StepEntry")] | Annotated[Rounds, Tag
 class Recipe(_Part):
     """A whole recipe, checked for its own shape (the graph is checked by `flows.graph`)."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=_NAME, max_length=_LONGEST)
     description: str = ""
     base: str | StepEntry | None = None
     """The pretrained model: a URI, or a step of its own. Steps refer to it as `base`."""

@@ -57,9 +57,14 @@ class Gate(BaseModel):
         return self.metric.partition(".")[0]
 
     @property
+    def written_name(self) -> str:
+        """The metric's name within the report, as the recipe has it."""
+        return self.metric.partition(".")[2]
+
+    @property
     def name(self) -> str:
         """The metric's name within the report, by its common aliases."""
-        name = self.metric.partition(".")[2]
+        name = self.written_name
         return {"kl_to_reference": "kl", "score": "answer_score", "top1": "top1_agreement"}.get(name, name)
 
 

@@ -106,6 +106,7 @@ def test_an_error_in_a_profile_points_into_it(write: Write) -> None:
         ("limit: 40", "limt: 40", "profile `pico`: {path}:14: steps.data.limt: unknown key; did you mean `limit`?"),
         ("own: {", "own: {sede: 1, ", "profile `own`: {path}:19: sede: unknown key; did you mean `seed`?"),
         ("own: {", "own: {extends: x, ", "{path}:19: profiles.own: a profile cannot have `extends` of its own"),
+        ("own: {", f"{'o' * 65}: {{", "a profile's name may have 64 letters"),
         ("own: {publish: {family: other}}", "own: 3", "{path}:19: profiles.own: a profile is a partial recipe"),
     ],
 )
