@@ -2,12 +2,12 @@
 
 import fcntl
 import os
-import tempfile
 from pathlib import Path
 
 from steps.runtime.gpus import physical_name
 
-_FOLDER = "posttrain-gpus"
+_FOLDER = Path("/tmp/posttrain-gpus")
+"""Where the locks lie, whatever TMPDIR says: two runs that looked in two places would both have the same GPU."""
 
 
 def claim(gpus: list[str], count: int) -> dict[str, int] | None:
@@ -19,12 +19,22 @@ def claim(gpus: list[str], count: int) -> dict[str, int] | None:
 
     Returns:
         A file descriptor for each claimed GPU, to be given to `release`; None where too few are free.
+
+    Raises:
+        OSError: the lock of a GPU cannot be opened.
     """
     claimed: dict[str, int] = {}
     for name in gpus:
         if len(claimed) == count:
             break
-        descriptor = os.open(_file(name), os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            descriptor = _opened(name)
+        except OSError as error:
+            release(claimed)
+            raise OSError(
+                f"{error.filename}: the lock of GPU {name} cannot be opened ({error.strerror}); make {_FOLDER} and "
+                "what is in it writable for all users"
+            ) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -43,18 +53,21 @@ def release(claimed: dict[str, int]) -> None:
         os.close(descriptor)
 
 
-def _file(name: str) -> Path:
-    """Return the lock file of a GPU, in a folder that all users of the machine share."""
-    folder = Path(tempfile.gettempdir()) / _FOLDER
-    if not folder.is_dir():
-        folder.mkdir(exist_ok=True)
-        folder.chmod(0o1777)
-    file = folder / "".join(letter if letter.isalnum() else "_" for letter in physical_name(name))
-    if not file.exists():
-        # Whoever makes it leaves it to all.
-        before = os.umask(0)
-        try:
-            file.touch(0o666)
-        finally:
-            os.umask(before)
-    return file
+def _opened(name: str) -> int:
+    """Open the lock file of a GPU, in a folder that all users of the machine share.
+
+    With O_CREAT only where it is missing: in such a folder Linux refuses it for another user's file
+    (fs.protected_regular).
+    """
+    file = _FOLDER / "".join(letter if letter.isalnum() else "_" for letter in physical_name(name))
+    # Whoever makes them leaves them to all.
+    before = os.umask(0)
+    try:
+        _FOLDER.mkdir(0o1777, exist_ok=True)
+        return os.open(file, os.O_RDWR | (0 if file.exists() else os.O_CREAT | os.O_EXCL), 0o666)
+    except FileExistsError:
+        if not file.is_file():
+            raise
+    finally:
+        os.umask(before)
+    return os.open(file, os.O_RDWR)

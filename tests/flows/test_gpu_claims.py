@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,12 @@ from steps.runtime import gpus
 from steps.runtime.gpus import physical_name
 
 HOLD = """
-import sys, time
+import sys
+from pathlib import Path
+from flows import gpu_claims
 from flows.execution import Slots
 from steps.frame import Resources
+gpu_claims._FOLDER = Path(sys.argv[1])
 with Slots(2, ["0", "1"]).taken(Resources(cpus=1, gpus=1)) as devices:
     print(*devices, flush=True)
     sys.stdin.readline()
@@ -29,12 +31,12 @@ with Slots(2, ["0", "1"]).taken(Resources(cpus=1, gpus=1)) as devices:
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Claims that meet no real run's."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(gpu_claims, "_FOLDER", tmp_path / "gpus")
 
 
-def holder() -> "subprocess.Popen[str]":
-    return subprocess.Popen([sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def holder(**more: str) -> "subprocess.Popen[str]":
+    line = [sys.executable, "-c", HOLD, str(gpu_claims._FOLDER)]
+    return subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **more})
 
 
 def granted(process: "subprocess.Popen[str]") -> str:
@@ -86,4 +88,40 @@ def test_a_gpu_has_one_lock_whatever_it_is_called(tmp_path: Path, monkeypatch: p
     assert held
     assert claim(["3"], 1) is None
     release(held)
-    assert oct((tmp_path / gpu_claims._FOLDER).stat().st_mode)[-4:] == "1777"
+    assert oct(gpu_claims._FOLDER.stat().st_mode)[-4:] == "1777"
+
+
+def test_the_locks_lie_in_one_place_whatever_the_environment_says(tmp_path: Path) -> None:
+    program = "from flows import gpu_claims; print(gpu_claims._FOLDER)"
+    places = set()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        environment = {**os.environ, "TMPDIR": str(tmp_path / name), "XDG_RUNTIME_DIR": str(tmp_path / name)}
+        line = [sys.executable, "-c", program]
+        places.add(subprocess.run(line, env=environment, capture_output=True, text=True, check=True).stdout.strip())
+    assert places == {"/tmp/posttrain-gpus"}
+
+
+def test_two_runs_with_temporary_folders_of_their_own_get_two_gpus(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    first, second = (holder(TMPDIR=str(tmp_path / name)) for name in ("one", "two"))
+    assert sorted([granted(first), granted(second)]) == ["0", "1"]
+    for each in (first, second):
+        each.communicate("\n", timeout=30)
+
+
+def test_a_lock_is_made_once_and_opened_without_making_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux lets nobody open another user's file in such a folder with O_CREAT."""
+    release(claim(["0"], 1) or {})
+    flags: list[int] = []
+    opened = os.open
+    monkeypatch.setattr(os, "open", lambda path, flag, *more: flags.append(flag) or opened(path, flag, *more))
+    release(claim(["0"], 1) or {})
+    assert flags == [os.O_RDWR]
+
+
+def test_a_lock_that_cannot_be_opened_is_one_sentence() -> None:
+    gpu_claims._FOLDER.write_text("a file in the folder's place")
+    with pytest.raises(OSError, match="the lock of GPU 0 cannot be opened"):
+        claim(["0"], 1)
