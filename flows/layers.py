@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from flows.yaml_file import YamlFile
+from flows.yaml_file import YamlFile, read_value
 from steps.frame import UserError
 from steps.frame.errors import did_you_mean
 
@@ -125,9 +125,10 @@ def override(content: dict[str, Any], text: str, known: Collection[str]) -> None
     if not equals or not path:
         raise UserError(f"--set {text}: write path=value, e.g. --set steps.sft.epochs=2")
     try:
-        value = yaml.safe_load(value_text)
-    except yaml.YAMLError:
-        raise UserError(f"--set {text}: the value is not valid YAML") from None
+        value = read_value(value_text, Path(f"--set {path}"))
+    except (yaml.YAMLError, ValueError, RecursionError):
+        # Also a date that is none, a number that is too long, brackets without end.
+        raise UserError(f"--set {text:.200}: the value is not valid YAML") from None
     *parents, last = path.split(".")
     current: Any = content
     for index, part in enumerate(parents):

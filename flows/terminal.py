@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from flows.execution import StepState
+from flows.plain_table import PlainTable
 
 _COLOURS = {
     "cached": "blue",
@@ -42,7 +42,7 @@ class Board:
             self._status[name] = "running"
             self._began[name] = time.monotonic()
         if not self.console.is_terminal:
-            self.console.print(f"{name}: started", highlight=False)
+            self._say(f"{name}: started")
 
     def progress(self, name: str, shown: Mapping[str, Any]) -> None:
         """Show how far a step is."""
@@ -61,9 +61,10 @@ class Board:
             self._seconds[name] = state.seconds
             self._detail[name] = state.message or headline(state)
         if not self.console.is_terminal:
-            self.console.print(
-                f"{name}: {state.outcome} in {state.seconds:.1f} s {self._detail[name]}", highlight=False
-            )
+            self._say(f"{name}: {state.outcome} in {state.seconds:.1f} s {self._detail[name]}")
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, emoji=False)
 
     @contextmanager
     def live(self) -> Iterator[None]:
@@ -76,7 +77,7 @@ class Board:
 
     def render(self) -> RenderableType:
         """Draw the board."""
-        table = Table(box=None, padding=(0, 2, 0, 0))
+        table = PlainTable()
         for title in ("step", "uses", "status", "seconds", ""):
             table.add_column(title, justify="right" if title == "seconds" else "left", no_wrap=title != "")
         with self._lock:

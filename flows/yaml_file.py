@@ -68,6 +68,22 @@ class YamlFile:
         return str(self.path)
 
 
+def read_value(text: str, place: Path) -> Any:
+    """Read one value that stands by itself.
+
+    Args:
+        text: its YAML.
+        place: where it stands, for errors.
+
+    Raises:
+        UserError: it grows beyond measure.
+        YAMLError, ValueError, RecursionError: it is no YAML.
+    """
+    if node := yaml.compose(text, Loader=yaml.SafeLoader):
+        _expanded(node, place, {})
+    return yaml.safe_load(text)
+
+
 def _text(path: Path) -> str:
     try:
         content = path.read_bytes()

@@ -46,6 +46,10 @@ def call(command: Any) -> int:
     except (UserError, RegistryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror or ' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
         return 130
@@ -290,8 +294,11 @@ def print_json(value: Any) -> None:
 
 
 def console(*, stderr: bool = False) -> "Console":
-    """Return the console for people; scripts that asked for JSON get it on standard error."""
+    """Return the console for people; scripts that asked for JSON get it on standard error.
+
+    What it shows comes from recipes, models and paths: brackets and colons in it are no markup.
+    """
     from rich.console import Console
 
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
-    return Console(stderr=stderr, width=width)
+    return Console(stderr=stderr, width=width, markup=False, emoji=False)

@@ -5,9 +5,9 @@ from typing import Any
 
 import psutil
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
+from flows.plain_table import PlainTable
 from flows.units import size
 from steps.frame import UserError
 from steps.frame.errors import did_you_mean
@@ -61,7 +61,7 @@ def doctor_table(found: Mapping[str, Any]) -> Group:
         f" ({found['architecture']}: {found['level']}), {found['cores']} cores, {size(found['memory'])} of memory, "
         f"{found['gpus'] or 'no GPU'}; computes in {found['fast_dtype']} unless a recipe says otherwise",
     )
-    table = Table("runtime", "version", "", "found", "what to do", "serves", box=None, padding=(0, 2, 0, 0))
+    table = PlainTable("runtime", "version", "", "found", "what to do", "serves")
     table.header_style = "dim"
     for row in found["runtimes"]:
         facts = [f"{name.replace('_', ' ')} {value}" for name, value in row["facts"].items() if value]

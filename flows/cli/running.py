@@ -28,14 +28,14 @@ def run_recipe(recipe: str, overrides: Sequence[str], *, profile: str = "", publ
         UserError: the recipe is wrong, or a step cannot run here.
     """
     home = Home.from_environment()
-    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    say = partial(console.print, highlight=False, markup=False, emoji=False, soft_wrap=True)
     execution = prepare(recipe, overrides, profile=profile, home=home, say=say)
     if not execution.plan.todo and (not publish or is_current(execution)):
         for name in execution.plan.steps:
             execution.run(name)
         console.print(plan_table(execution.plan))
         ending = Ending.of(execution, is_current(execution).sentence if publish else "")
-        console.print(f"{ending.sentence} Nothing to do.", highlight=False)
+        say(f"{ending.sentence} Nothing to do.")
         return ending
     names = list(execution.plan.steps)
     board = Board(names, {name: step.node.kind.name for name, step in execution.plan.steps.items()}, console)
@@ -43,11 +43,11 @@ def run_recipe(recipe: str, overrides: Sequence[str], *, profile: str = "", publ
         parameters = {"recipe": recipe, "profile": profile, "overrides": list(overrides), "publish": publish}
         ending = _under_prefect(execution, board, stack, parameters)
     console.print(board.render())
-    console.print(f"{ending.sentence} ({duration(ending.seconds)})", highlight=False)
+    say(f"{ending.sentence} ({duration(ending.seconds)})")
     for note in ending.notes:
-        console.print(f"Note: {note}.", highlight=False, markup=False)
+        say(f"Note: {note}.")
     if ending.report:
-        console.print(f"Report: {ending.report}", highlight=False)
+        say(f"Report: {ending.report}")
     return ending
 
 

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.cli.yaml_words import example_of, type_in_words, yaml_value
+from flows.plain_table import PlainTable
 from flows.plan import Plan
 from flows.units import duration, size
 from registry.members import Family
@@ -151,6 +152,6 @@ def status_tables(found: Mapping[str, Any]) -> list[Table]:
 
 
 def _table(*columns: str, title: str | None = None, caption: str | Text | None = None) -> Table:
-    table = Table(*columns, box=None, padding=(0, 2, 0, 0), title=title, caption=caption, header_style="dim")
+    table = PlainTable(*columns, title=title, caption=caption, header_style="dim")
     table.title_justify = table.caption_justify = "left"
     return table

@@ -1,5 +1,6 @@
 """Step configs: frozen pydantic models whose `Input[...]` fields are the edges of the recipe's graph."""
 
+import math
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ Launch = Literal["ddp", "ddp-cpu", "fsdp2", "zero2", "zero3"]
 class Resources(BaseModel):
     """What a step asks of the machine that runs it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     cpus: int = Field(default=0, ge=0)
     """Cores of each node; 0 takes all."""
@@ -171,10 +172,24 @@ class Metric:
 class StepConfig(BaseModel):
     """Base of every step's config. Unknown keys are refused; nothing can be changed after validation."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        arbitrary_types_allowed=True,
+        use_attribute_docstrings=True,
+    )
 
     processes_shape_result: ClassVar[bool] = False
     """Whether several processes give another result than one: then how many they are is part of the key."""
+
+    @model_validator(mode="after")
+    def _is_finite(self) -> Self:
+        """Refuse what a key cannot hold in settings of settings, too (`adapter.alpha`), whatever models they are."""
+        for name in type(self).model_fields:
+            if place := next(_infinite(getattr(self, name), name), None):
+                raise ValueError(f"`{place}` must be a finite number")
+        return self
 
     @property
     def packages(self) -> tuple[str, ...]:
@@ -225,6 +240,19 @@ class EdgeSpec:
     many: bool
     optional: bool
     follow: Follow | None
+
+
+def _infinite(value: Any, place: str) -> Iterator[str]:
+    """Yield where a setting holds infinity or what is no number."""
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            yield place
+    elif isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from _infinite(getattr(value, name), f"{place}.{name}")
+    elif isinstance(value, dict | list | tuple):
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _infinite(each, f"{place}.{key}")
 
 
 def edges_of(config: type[StepConfig]) -> dict[str, EdgeSpec]:

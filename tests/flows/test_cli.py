@@ -77,6 +77,28 @@ def test_bad_input_is_one_sentence_and_code_2(command: Command, arguments: list[
     assert not (command.home / "artifacts").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "home", "said"),
+    [
+        (
+            ["schema", "--to", "/nonexistent/dir/s.json"],
+            "",
+            "error: /nonexistent/dir/s.json: No such file",
+        ),
+        (["plan", "pico"], "/dev/null", "error: /dev/null/"),
+        (["run", "pico"], "/dev/null/x", "error: /dev/null/"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_one_sentence_and_code_2(
+    command: Command, arguments: list[str], home: str, said: str
+) -> None:
+    if home:
+        command.environment["POSTTRAIN_HOME"] = home
+    ended = command(*arguments)
+    assert (ended.code, ended.err.count("\n")) == (2, 1), ended.err
+    assert ended.err.startswith(said)
+
+
 def test_bad_rows_name_file_and_line(command: Command, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"question": "a", "answer": "b"}\n{"question": \n', encoding="utf-8")

@@ -212,6 +212,43 @@ def test_what_is_no_recipe_is_refused_in_a_sentence(name: str, tmp_path: Path) -
     assert str(path.name) in read(path) or b"extends" in HARD[name] or b"profiles" in HARD[name]
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(
+            "2026-13-45",
+            "0x_",
+            "0b_",
+            "9" * 5000,
+            "[" * 3000,
+            "{a: " * 3000,
+            "!!int x",
+            "&a [*a]",
+            "&a {b: *a}",
+            "a: b: c",
+        ),
+        "{a: &a [*a], b: '${vars.b}'}",
+        bomb(9, False).decode().partition("vars:")[2].partition("steps:")[0],
+    ],
+)
+def test_what_is_no_value_is_refused_in_a_sentence(value: str, tmp_path: Path) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_bytes(b"name: x\nsteps: {a: {uses: model.pico}}\n")
+    assert read(path, overrides=(f"vars.a={value}",)).startswith("--set vars.a")
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1e400"])
+@pytest.mark.parametrize(
+    "key", ["learning_rate", "weight_decay", "resources.timeout_minutes", "resources.memory_gb", "adapter.dropout"]
+)
+def test_a_number_without_end_is_refused_in_a_sentence(key: str, value: str, tmp_path: Path) -> None:
+    path = tmp_path / "odd.yaml"
+    data, adapter = "{uses: data.prepare, model: base, source: python-stdlib-docs}", "{kind: lora}"
+    sft = f"{{uses: train.sft, model: base, data: data.train, resources: {{cpus: 1}}, adapter: {adapter}}}"
+    path.write_text(f"name: x\nbase: {{uses: model.pico}}\nsteps:\n  data: {data}\n  sft: {sft}\n", encoding="utf-8")
+    assert f"steps.sft.{key}: input should be" in read(path, overrides=(f"steps.sft.{key}={value}",))
+
+
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("depth", [5, 9, 60])
 def test_a_bomb_of_aliases_does_not_go_off(depth: int, merged: bool, tmp_path: Path) -> None:

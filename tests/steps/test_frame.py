@@ -1,6 +1,7 @@
 """The frame: a step runs in its own process, publishes whole or not at all, and its digest is the same twice."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel, ValidationError
 
 from steps.artifacts import Manifest, Store, digest_tree
 from steps.frame import Resources, StepConfig, all_kinds, load_kind
@@ -206,3 +208,22 @@ def test_every_kind_is_documented(kind: Any) -> None:
     assert kind.summary.endswith(".")
     assert kind.reference.startswith("https://")
     assert set(edges_of(kind.config)) == set(kind.edges)
+
+
+def test_numbers_without_end_are_refused_at_any_depth_for_a_key_cannot_hold_them() -> None:
+    class Inner(BaseModel):
+        share: float = 0.0
+
+    class Outer(StepConfig):
+        own: float = 0.0
+        inner: Inner = Inner()
+        several: dict[str, list[Inner]] = {}
+
+    for odd in (math.inf, -math.inf, math.nan):
+        with pytest.raises(ValidationError, match=r"own\n.*finite number"):
+            Outer.model_validate({"own": odd})
+        with pytest.raises(ValidationError, match=r"`inner\.share` must be a finite number"):
+            Outer.model_validate({"inner": {"share": odd}})
+        with pytest.raises(ValidationError, match=r"`several\.a\.1\.share` must be a finite number"):
+            Outer.model_validate({"several": {"a": [{}, {"share": odd}]}})
+    assert Outer.model_validate({"own": 1e308, "several": {"a": [{"share": -1e308}]}})
