@@ -46,6 +46,13 @@ def finish(execution: Execution, *, publish: bool) -> Ending:
     return execution.ending
 
 
+def as_it_stands(execution: Execution, publication: str) -> Ending:
+    """Sum up an execution that had nothing to do: what is noted of its reports, and the page of the run before."""
+    page = report_path(execution)
+    notes = tuple(read_notes(report_of(execution, publication)))
+    return Ending.of(execution, publication, notes=notes, report=page if page.is_file() else None)
+
+
 def _headline_metrics(report: RunReport) -> dict[str, float]:
     """Return the comparisons' figures, so that MLflow can compare whole runs: `quality/merged/perplexity`."""
     return {

@@ -1,4 +1,4 @@
-"""Tables that show text as it is: in a plain string rich takes brackets for markup, and `sft[last]` turns into `sft`."""
+"""Tables that show text as it is: in a plain string rich takes brackets for markup, and `sft[last]` becomes `sft`."""
 
 from typing import Any
 

@@ -11,8 +11,10 @@ from rich.console import Console
 from flows.cli.tables import plan_table
 from flows.ending import Ending
 from flows.execution import Execution
+from flows.finish import as_it_stands
 from flows.prepare import prepare
 from flows.publication import is_current
+from flows.runtimes import Say
 from flows.terminal import Board
 from flows.units import duration
 from registry.home import Home
@@ -34,16 +36,20 @@ def run_recipe(recipe: str, overrides: Sequence[str], *, profile: str = "", publ
         for name in execution.plan.steps:
             execution.run(name)
         console.print(plan_table(execution.plan))
-        ending = Ending.of(execution, is_current(execution).sentence if publish else "")
-        say(f"{ending.sentence} Nothing to do.")
-        return ending
+        ending = as_it_stands(execution, is_current(execution).sentence if publish else "")
+        return _told(ending, "Nothing to do.", say)
     names = list(execution.plan.steps)
     board = Board(names, {name: step.node.kind.name for name, step in execution.plan.steps.items()}, console)
     with ExitStack() as stack:
         parameters = {"recipe": recipe, "profile": profile, "overrides": list(overrides), "publish": publish}
         ending = _under_prefect(execution, board, stack, parameters)
     console.print(board.render())
-    say(f"{ending.sentence} ({duration(ending.seconds)})")
+    return _told(ending, f"({duration(ending.seconds)})", say)
+
+
+def _told(ending: Ending, more: str, say: Say) -> Ending:
+    """Say how it ended, what must be known beside the figures, and where the report lies."""
+    say(f"{ending.sentence} {more}")
     for note in ending.notes:
         say(f"Note: {note}.")
     if ending.report:

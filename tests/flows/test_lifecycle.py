@@ -55,6 +55,7 @@ def test_second_run_does_nothing(undisturbed: tuple[Command, dict[str, Any]]) ->
     summary = command("run", "pico", *SMALLER, "--json").json
     assert set(outcomes(summary).values()) == {"cached"}
     assert outputs(summary) == outputs(first)
+    assert (summary["notes"], summary["report"]) == (first["notes"], first["report"])
     assert command.launches() == launched
     assert server_log.stat().st_mtime_ns == before, "a server was started for nothing"
 
