@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 from uuid import UUID
 
 from flows.team.state import prefect_url
@@ -20,6 +21,8 @@ from steps.frame import UserError
 from steps.frame.forkserver import die_with_parent
 
 _START_TIMEOUT = 90
+_ABSENCE, _ABSENCE_ELSEWHERE = 3.0, 60.0
+"""Seconds without a server after which a run gives up: on this machine, and elsewhere, where one may be restarted."""
 STARTING = "prefect"
 """Name of the lock on Prefect's database while a server makes or migrates its tables."""
 
@@ -145,12 +148,9 @@ def wait_until_recorded(flow_run_id: UUID, tasks: int, timeout: float = 15) -> b
     """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-    from prefect.events.worker import EventsWorker
-    from prefect.logging.handlers import APILogWorker
 
     deadline = time.monotonic() + timeout
-    for service in (APILogWorker, EventsWorker):
-        service.drain_all(timeout=timeout)
+    send_the_rest(timeout)
     with get_client(sync_client=True) as client:
         while True:
             runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id])))
@@ -159,6 +159,57 @@ def wait_until_recorded(flow_run_id: UUID, tasks: int, timeout: float = 15) -> b
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.1)
+
+
+def send_the_rest(timeout: float) -> bool:
+    """Send what Prefect's clients still hold; return whether all was sent within the timeout (seconds, for each kind).
+
+    They also send when the interpreter ends, without any limit: by then the server has to be there, or nothing to send.
+    """
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    sent = True
+    for service in (APILogWorker, EventsWorker):
+        ended = service.drain_all(timeout=timeout)
+        assert isinstance(ended, tuple), "only a thread with an event loop gets something to await"
+        sent = sent and not ended[1]
+    return sent
+
+
+@contextmanager
+def watched(url: str, lost: Callable[[], None]) -> Iterator[None]:
+    """Call `lost`, in a thread of its own, if during the context nobody listens at an API any more."""
+    over = threading.Event()
+    patience = _ABSENCE if urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1") else _ABSENCE_ELSEWHERE
+
+    def look() -> None:
+        last = time.monotonic()
+        while not over.wait(0.5):
+            if not _is_refused(url):
+                last = time.monotonic()
+            elif time.monotonic() - last > patience and not over.is_set():
+                return lost()
+        return None
+
+    threading.Thread(target=look, daemon=True, name="prefect-server-lost").start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _is_refused(url: str) -> bool:
+    """Whether nobody listens at `url`; a server that is too busy to answer is there."""
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname or "", port), timeout=2).close()
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def server_command(port: int) -> list[str]:

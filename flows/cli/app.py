@@ -50,10 +50,10 @@ def call(command: Any) -> int:
         place = f"{error.filename}: " if error.filename else ""
         print(f"error: {place}{error.strerror or ' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
-        return 130
     except SystemExit as end:
+        # By which Typer tells of a KeyboardInterrupt.
+        if end.code == 130:
+            print("stopped; run the same command again to go on", file=sys.stderr)
         return end.code if isinstance(end.code, int) else 1
     return 0
 

@@ -1,6 +1,8 @@
 """`posttrain run`: plan, show, and run under a Prefect server of our own where none is up."""
 
 import os
+import sys
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -18,6 +20,11 @@ from flows.runtimes import Say
 from flows.terminal import Board
 from flows.units import duration
 from registry.home import Home
+
+_SENDING = 5.0
+"""Seconds that Prefect's clients have to send the last of a run that was stopped."""
+_CLOSING = 20.0
+"""Seconds in which the steps and the record in MLflow of such a run are to be closed."""
 
 
 def run_recipe(recipe: str, overrides: Sequence[str], *, profile: str = "", publish: bool, console: Console) -> Ending:
@@ -58,27 +65,61 @@ def _told(ending: Ending, more: str, say: Say) -> Ending:
 
 
 def _under_prefect(execution: Execution, board: Board, stack: ExitStack, parameters: dict[str, Any]) -> Ending:
-    from flows.servers import prefect_api, wait_until_recorded
+    from flows.servers import prefect_api
 
     home = execution.home
     # Imports, migrations and the first steps take seconds: they overlap with the server's start. The fork server looks
     # how busy the machine is, so it comes before our own server makes it so.
     execution.warm_up()
-    _, ready = stack.enter_context(prefect_api(home))
-    execution.run_early()
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    url, ready = stack.enter_context(prefect_api(home))
+    try:
+        execution.run_early()
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+        ready.wait()
+        return _flow(execution, board, url, parameters)
+    except BaseException as error:
+        execution.launcher.close()
+        _let_go(130 if isinstance(error, KeyboardInterrupt) else 1)
+        raise
+
+
+def _flow(execution: Execution, board: Board, url: str, parameters: dict[str, Any]) -> Ending:
+    """Run the flow under the server at `url`, which answers."""
     from flows.lifecycle import board as shown
     from flows.lifecycle import lifecycle, prepared
+    from flows.servers import wait_until_recorded, watched
 
-    ready.wait()
     prepared.set(execution)
     shown.set(board)
-    with board.live():
-        state = lifecycle(**parameters, return_state=True)
-    if state.state_details.flow_run_id:
-        wait_until_recorded(state.state_details.flow_run_id, len(execution.plan.steps))
+    with watched(url, partial(_give_up, execution, board, url)):
+        with board.live():
+            state = lifecycle(**parameters, return_state=True)
+        if state.state_details.flow_run_id:
+            wait_until_recorded(state.state_details.flow_run_id, len(execution.plan.steps))
     if execution.ending is None:
         # What broke is no step's failure but our own: show it as the exception it is.
         state.result(raise_on_failure=True)
         raise RuntimeError(f"the flow ended as {state.name} without an ending: {state.message}")
     return execution.ending
+
+
+def _let_go(code: int) -> None:
+    """Send what Prefect's clients hold while the server is there; should that fail, end without them, with `code`."""
+    from flows.servers import send_the_rest
+
+    if not send_the_rest(_SENDING):
+        watchdog = threading.Timer(_SENDING, os._exit, (code,))
+        watchdog.daemon = True
+        watchdog.start()
+
+
+def _give_up(execution: Execution, board: Board, url: str) -> None:
+    """End this process, because its Prefect server is gone: Prefect's clients would try for minutes to reach it."""
+    closing = threading.Thread(target=execution.close, kwargs={"ok": False}, daemon=True, name="closing")
+    closing.start()
+    closing.join(_CLOSING)
+    board.console.show_cursor()
+    why = f"the Prefect server at {url} has gone; what had finished is kept, run the same command again to go on"
+    print(f"error: {why}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)

@@ -40,12 +40,13 @@ class Launcher:
         self._server: subprocess.Popen[bytes] | None = None
         self._link: socket.socket | None = None
         self._gone = False
+        self._closed = False
         self._server_log_began = 0
 
     def warm_up(self) -> None:
         """Start the fork server if it is not running yet; returns at once."""
         with self._lock:
-            if self._server is not None:
+            if self._server is not None or self._closed:
                 return
             ours, theirs = socket.socketpair()
             self._log.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +76,8 @@ class Launcher:
         `python`: then the fork becomes the command that starts them.
 
         A step that outlives its timeout is terminated, then killed, with its whole process group. A process that
-        dies without a result (killed, out of memory) becomes a `failed` result that names the signal.
+        dies without a result (killed, out of memory) becomes a `failed` result that names the signal, one that `close`
+        ended a `failed` result that says so.
         """
         spec.work.mkdir(parents=True, exist_ok=True)
         for name in (RESULT_NAME, PROGRESS_NAME):
@@ -91,7 +93,8 @@ class Launcher:
             self._send({"id": job, "spec": str(path), "command": command})
             message = self._wait(job, spec, on_progress)
         if message.get("server"):
-            return StepResult(status="failed", message=self._server_end())
+            why = "stopped with its run" if self._closed else self._server_end()
+            return StepResult(status="failed", message=why)
         return _read_result(spec, message, log_began)
 
     def _server_end(self) -> str:
@@ -101,8 +104,10 @@ class Launcher:
         return _told(f"the fork server {how_it_ended(code)}", self._log, self._server_log_began)
 
     def close(self) -> None:
-        """End the fork server and every step with it."""
-        with self._lock:
+        """End the fork server and every step with it; what is to be run from then on has failed."""
+        with self._changed:
+            self._closed = self._gone = True
+            self._changed.notify_all()
             server, link = self._server, self._link
             self._server = self._link = None
         if link is not None:
