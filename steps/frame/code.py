@@ -68,6 +68,16 @@ def modules_behind(module: str, find: Find) -> dict[str, Path]:
     return found
 
 
+def file_of(module: str) -> Path | None:
+    """Return the file of a module of `steps` by its full name, None where there is no such module."""
+    room, *rest = module.split(".")
+    if room != rooms.__name__:
+        return None
+    place = Path(rooms.__path__[0], *rest)
+    candidates = (place / "__init__.py", place.with_suffix(".py"))
+    return next((path for path in candidates if path.is_file()), None)
+
+
 @dataclass(frozen=True)
 class _Code:
     """What one module holds."""
@@ -101,12 +111,9 @@ def _read(module: str, path: Path, _changed: int) -> _Code:
 
 def _own_file(module: str) -> Path | None:
     """Find a module of `steps`, those around a step excepted."""
-    room, *rest = module.split(".")
-    if room != rooms.__name__ or any(module == name or module.startswith(f"{name}.") for name in _AROUND):
+    if any(module == name or module.startswith(f"{name}.") for name in _AROUND):
         return None
-    place = Path(rooms.__path__[0], *rest)
-    candidates = (place / "__init__.py", place.with_suffix(".py"))
-    return next((path for path in candidates if path.is_file()), None)
+    return file_of(module)
 
 
 def _running(tree: ast.AST) -> Iterator[ast.AST]:

@@ -24,6 +24,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+import steps as rooms
 from steps.runtime import proofs
 from steps.runtime.children import children
 from steps.runtime.death import died_by_itself, fatal_library, how_it_ended, last_words
@@ -33,6 +34,7 @@ Status = Literal["works", "broken", "absent"]
 
 _PATIENCE = 300.0
 """Seconds after which a proof counts as failed; the slowest takes some ten."""
+_FRAME = ("steps.frame", "steps.__main__")
 ABSENT_CODE, PASSING_CODE = 69, 75
 """Exit codes of a child whose runtime says that this machine lacks what it needs, or that it does so for now: memory,
 a full disk."""
@@ -83,19 +85,33 @@ class Proof:
         return _version(self.distribution)
 
     def identity(self) -> str:
-        """Digest of which native libraries are installed, by name, size and time; tells that one was replaced."""
+        """Digest of the native libraries, by name, size and time, and of the proof's own code.
+
+        It tells that a library was replaced, or that the proof now asks for something else: a verdict holds for both.
+        """
         values = {name: os.environ[name] for name in self.variables if name in os.environ}
         found = [path for root in _folders(self.module) for pattern in self.libraries for path in root.glob(pattern)]
         found += [path for name in self.beside for path in _extensions(name)]
         # A value may be longer than any path: `os.path.isdir` says no where `Path.is_dir` raises.
         found += [path for value in values.values() if os.path.isdir(value) for path in Path(value).glob("*.so")]  # noqa: PTH112
-        told = [self.version, *map(str, values.items()), *map(_version, self.stands_on)]
+        told = [self.version, *map(str, values.items()), *map(_version, self.stands_on), self._code()]
         for path in sorted(found):
             # A library may vanish meanwhile, or be a link to nowhere.
             with suppress(OSError):
                 stat = path.stat()
                 told.append(f"{path.name} {stat.st_size} {stat.st_mtime_ns}")
         return sha256("\n".join(told).encode()).hexdigest()[:16]
+
+    def _code(self) -> str:
+        """Digest of the proof's module and of all that it imports of `steps`, but the frame that runs steps."""
+        # The frame reads verdicts, so it is imported after this module.
+        from steps.frame.code import digest_modules
+
+        try:
+            return digest_modules(_modules_called(self.name, rooms.__path__[0])) if self.name else ""
+        except (OSError, SyntaxError) as error:
+            # Whatever imports it will say so.
+            return str(error)
 
 
 class Verdict(BaseModel):
@@ -108,7 +124,7 @@ class Verdict(BaseModel):
     status: Status
     version: str
     identity: str
-    """Of the libraries that were called, see `Proof.identity`."""
+    """Of the libraries that were called and of the code that called them, see `Proof.identity`."""
     facts: Facts = {}
     """What the proof measured or found."""
     library: str = ""
@@ -218,6 +234,17 @@ def _ended(code: int, log: str, answer: Path) -> _Ended:
 def begun_mark(answer: Path) -> Path:
     """Return the file that a child makes when it is about to call the runtime, beside its answer."""
     return answer.with_name("begun")
+
+
+@cache
+def _modules_called(name: str, _root: str) -> Mapping[str, Path]:
+    """Return the modules of `steps` that a proof runs, by name; a process asks dozens of times."""
+    from steps.frame.code import file_of, modules_behind
+
+    def find(module: str) -> Path | None:
+        return None if module in _FRAME or module.startswith(f"{_FRAME[0]}.") else file_of(module)
+
+    return modules_behind(f"{proofs.__name__}.{name}", find)
 
 
 def _version(distribution: str) -> str:

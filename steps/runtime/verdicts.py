@@ -1,8 +1,8 @@
 """The last verdict on every native runtime, for each kind of machine that uses this environment.
 
 They lie beside the packages that they are about, so every home and every run reads the same: a file each, named for the
-machine, the runtime and the libraries that were called. Where one of these was replaced, or another processor runs
-it, there is no such file, and the runtime is unproven.
+machine, the runtime, the libraries that were called and the code that called them. Where one of these was replaced, or
+another processor runs it, there is no such file, and the runtime is unproven.
 """
 
 import os

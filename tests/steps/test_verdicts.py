@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import steps as rooms
 from steps.frame import hardware
 from steps.frame.hardware import fast_dtype
 from steps.runtime import verdicts
@@ -34,6 +35,38 @@ def test_a_verdict_holds_for_the_libraries_that_were_called(own_verdicts: Path, 
     assert last_verdict("llama.cpp") == found, "a link to nowhere is no library"
     os.utime(next(path for path in folder.glob("*.so") if path.exists()))
     assert last_verdict("llama.cpp") is None, "a library was replaced since"
+
+
+@pytest.mark.parametrize("changed", ["runtime/proofs/llama_cpp.py", "lm/llama_cpp.py", "runtime/death.py"])
+def test_a_verdict_holds_for_the_code_that_called_them(
+    changed: str, own_verdicts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proof that was repaired, or made stricter, is called again."""
+    copy = shutil.copytree(rooms.__path__[0], tmp_path / "steps")
+    monkeypatch.setattr(rooms, "__path__", [str(copy)])
+    proof = all_proofs()["llama.cpp"]
+    said = Verdict(
+        runtime=proof.runtime, distribution=proof.distribution, status="broken", version="1", identity=proof.identity()
+    )
+    assert verdicts._keep(proof, said) == last_verdict("llama.cpp")
+    file = copy / changed
+    text = file.read_text(encoding="utf-8")
+    file.write_text(f"# A comment is no code.\n{text}", encoding="utf-8")
+    assert last_verdict("llama.cpp") == said
+    file.write_text(f"{text}\nSTRICTER = True\n", encoding="utf-8")
+    assert last_verdict("llama.cpp") is None
+    file.write_text(f"{text}\nnot Python\n", encoding="utf-8")
+    assert last_verdict("llama.cpp") is None
+    file.write_text(text, encoding="utf-8")
+    assert last_verdict("llama.cpp") == said
+
+
+def test_how_steps_are_run_is_no_part_of_a_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = shutil.copytree(rooms.__path__[0], tmp_path / "steps")
+    monkeypatch.setattr(rooms, "__path__", [str(copy)])
+    before = {proof.identity() for proof in all_proofs().values()}
+    (copy / "frame" / "runner.py").write_text("CHANGED = True\n", encoding="utf-8")
+    assert {proof.identity() for proof in all_proofs().values()} == before
 
 
 @pytest.mark.parametrize("harm", [b"", b"{", b"[1]", b"\xff\xfe"])
