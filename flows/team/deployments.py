@@ -1,5 +1,6 @@
 """The deployments of `infra/prefect.yaml`, made on a server with their form, their pool and their schedules."""
 
+import shlex
 import sys
 from collections.abc import Mapping
 from importlib import import_module
@@ -100,7 +101,11 @@ def deploy(client: SyncPrefectClient, root: Path) -> dict[str, list[str]]:
             path=str(root),
             work_pool_name=deployment.work_pool.name,
             # With a command of our own the worker starts the engine at once, without a supervisor in between.
-            job_variables={"working_dir": str(root), "command": f"{sys.executable} -m prefect.engine"},
+            job_variables={
+                "working_dir": str(root),
+                # The worker takes it apart at its spaces.
+                "command": shlex.join([sys.executable, "-m", "prefect.engine"]),
+            },
             parameter_openapi_schema=form(flow),
             enforce_parameter_schema=True,
             schedules=_kept_paused(client, f"{flow.name}/{deployment.name}", own),

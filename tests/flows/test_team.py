@@ -26,7 +26,6 @@ from flows.team.processes import MARK, members
 from registry.home import Home
 from steps.artifacts import write_atomic
 
-POSTTRAIN = Path(sys.executable).with_name("posttrain")
 ROOT = Path(__file__).parents[2]
 ZONE = "Asia/Kathmandu"
 """Far from the machine's time, and off by three quarters of an hour: a cron line read in another zone misses it."""
@@ -55,6 +54,7 @@ class Site:
 
     folder: Path
     home: Home
+    python: Path = Path(sys.executable)
     fires: datetime = datetime(2099, 12, 31, tzinfo=UTC)
     """When the recipe's cron line comes due."""
 
@@ -83,7 +83,7 @@ class Site:
             if name not in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", MARK)
         }
         return subprocess.run(
-            [str(POSTTRAIN), *arguments],
+            [str(self.python), "-c", "from flows.cli import main; main()", *arguments],
             cwd=self.folder,
             env={**environment, "POSTTRAIN_HOME": str(self.home.root)},
             capture_output=True,
@@ -156,8 +156,11 @@ def ask(url: str, body: Any = None) -> Any:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    folder = tmp_path_factory.mktemp("site")
-    site = Site(folder, Home.at(tmp_path_factory.mktemp("home")))
+    # A checkout may lie anywhere, its environment with it.
+    folder = tmp_path_factory.mktemp("my site")
+    (folder / ".venv").symlink_to(sys.prefix)
+    python = folder / ".venv" / "bin" / Path(sys.executable).name
+    site = Site(folder, Home.at(tmp_path_factory.mktemp("my home")), python)
     site.write_recipe()
     site.write_rows(100)
     yield site
