@@ -6,6 +6,9 @@ BENCH ?= pico training llama.cpp
 FORMAT ?= gguf:Q4_K_M
 TO ?= ./pulled
 posttrain := .venv/bin/posttrain
+# A value of the user's as one word for the shell, whatever it holds.
+quoted = '$(subst ','\'',$(1))'
+profile = $(if $(PROFILE),--profile $(call quoted,$(PROFILE)))
 
 .PHONY: help setup run plan test test-fast test-recipes lint format bench pull up down status doctor schema lock clean
 
@@ -24,13 +27,13 @@ endif
 	@infra/setup.sh
 
 run: setup ## Run RECIPE (quickstart), in its PROFILE where one is given: from data to publication
-	@$(posttrain) run $(RECIPE) $(if $(PROFILE),--profile $(PROFILE))
+	@$(posttrain) run $(call quoted,$(RECIPE)) $(profile)
 
 plan: setup ## Show what `make run` would do
-	@$(posttrain) plan $(RECIPE) $(if $(PROFILE),--profile $(PROFILE))
+	@$(posttrain) plan $(call quoted,$(RECIPE)) $(profile)
 
 pull: setup ## Fetch FAMILY in FORMAT into TO
-	@$(posttrain) pull $(FAMILY) --format $(FORMAT) --to $(TO)
+	@$(posttrain) pull $(call quoted,$(FAMILY)) --format $(call quoted,$(FORMAT)) --to $(call quoted,$(TO))
 
 test: setup ## Run all tests, those of steps beside all others
 	@.venv/bin/python -m pytest -n 2
