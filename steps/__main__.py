@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from steps.frame.runner import run_step
 from steps.frame.scale import die_with_parent
 from steps.frame.spec import StepSpec
@@ -18,8 +20,17 @@ def main() -> int:
     if "LOCAL_RANK" in os.environ:
         # The launcher puts its processes into sessions of their own: nothing else would end them with it.
         die_with_parent()
+    try:
+        spec = StepSpec.model_validate_json(Path(sys.argv[1]).read_bytes())
+    except OSError as error:
+        print(f"{sys.argv[1]}: {error.strerror}", file=sys.stderr)
+        return 2
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        print(f"{sys.argv[1]}: this is no spec of a step: {where}: {first['msg']}", file=sys.stderr)
+        return 2
     hide_broken()
-    spec = StepSpec.model_validate_json(Path(sys.argv[1]).read_bytes())
     result = run_step(spec)
     if result.message:
         print(result.message, file=sys.stderr)

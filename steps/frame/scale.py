@@ -204,7 +204,7 @@ def join(work: Path) -> None:
         UserError: the environment does not say which node this is, or where the first one is.
     """
     number = os.environ.get(NODE_RANK, "")
-    if not number.isdigit() or number == "0" or ADDRESS not in os.environ:
+    if not re.fullmatch("[1-9][0-9]*", number) or ADDRESS not in os.environ:
         raise UserError(
             f"set {NODE_RANK} to this node's number, from 1, and {ADDRESS} to the address of the flow's node"
         )

@@ -227,3 +227,17 @@ def test_numbers_without_end_are_refused_at_any_depth_for_a_key_cannot_hold_them
         with pytest.raises(ValidationError, match=r"`several\.a\.1\.share` must be a finite number"):
             Outer.model_validate({"several": {"a": [{}, {"share": odd}]}})
     assert Outer.model_validate({"own": 1e308, "several": {"a": [{"share": -1e308}]}})
+
+
+@pytest.mark.parametrize(
+    ("content", "why"), [(None, "No such file or directory"), ("name: x", "Invalid JSON"), ("{}", "name: Field")]
+)
+def test_what_is_no_spec_is_one_sentence_and_code_2(content: str | None, why: str, tmp_path: Path) -> None:
+    spec = tmp_path / "spec.json"
+    if content is not None:
+        spec.write_text(content)
+    ended = subprocess.run([sys.executable, "-m", "steps", str(spec)], capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"{spec}: ")
+    assert why in ended.stderr
+    assert ended.stderr.count("\n") == 1

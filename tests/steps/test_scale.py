@@ -294,7 +294,7 @@ def test_only_launchers_of_deepspeed_see_it(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_node_that_does_not_say_which_it_is_cannot_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    for number in ("", "0", "first"):
+    for number in ("", "0", "first", "²", "01"):
         monkeypatch.setenv("NODE_RANK", number)
         with pytest.raises(UserError, match="set NODE_RANK to this node's number, from 1"):
             join(tmp_path)
