@@ -60,12 +60,20 @@ def plan_recipe(
     """
     silence_telemetry()
     home = home or Home.from_environment()
+    root = _working_directory()
     path = recipe_path(recipe)
     loaded = load_recipe(path, overrides, profile)
     graph = build_graph(loaded)
     for other in sorted({"", *loaded.profiles} - {profile}):
         _check_other(path, other)
-    return make_plan(with_opponent(graph, home, Path.cwd()), home, Path.cwd(), thorough=thorough, say=say)
+    return make_plan(with_opponent(graph, home, root), home, root, thorough=thorough, say=say)
+
+
+def _working_directory() -> Path:
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        raise UserError("the working directory is gone; change to one that exists") from None
 
 
 def _check_other(path: Path, profile: str) -> None:

@@ -36,7 +36,7 @@ def run_recipe(recipe: str, overrides: Sequence[str], *, profile: str = "", publ
     Raises:
         UserError: the recipe is wrong, or a step cannot run here.
     """
-    home = Home.from_environment()
+    home = Home.from_environment(writes=True)
     say = partial(console.print, highlight=False, markup=False, emoji=False, soft_wrap=True)
     execution = prepare(recipe, overrides, profile=profile, home=home, say=say)
     if not execution.plan.todo and (not publish or is_current(execution)):
