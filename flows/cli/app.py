@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -160,7 +161,7 @@ def rollback(
     from registry.home import Home
     from registry.record import Recorder
 
-    release = roll_back(Recorder(Home.from_environment()), name, reason)
+    release = roll_back(Recorder(Home.from_environment(writes=True)), name, reason)
     if as_json:
         print_json(release.model_dump(mode="json"))
     else:
@@ -240,23 +241,30 @@ def schema(
 
 
 @app.command()
-def up() -> None:
+def up(as_json: JsonOption = False) -> None:
     """Start Prefect, MLflow and a worker on this machine, with the deployments of infra/prefect.yaml."""
     from flows.team.up import up as start
     from registry.home import Home
 
-    out = console()
-    start(Home.from_environment(), lambda line: out.print(line, highlight=False, soft_wrap=True))
+    out = console(stderr=as_json)
+    team = start(Home.from_environment(writes=True), lambda line: out.print(line, highlight=False, soft_wrap=True))
+    if as_json:
+        print_json(team.model_dump(mode="json"))
 
 
 @app.command()
-def down() -> None:
+def down(as_json: JsonOption = False) -> None:
     """Stop them, with every run that the worker has begun; what had finished is kept."""
     from flows.team.down import down as stop
     from registry.home import Home
 
-    stopped = stop(Home.from_environment())
-    print("Nothing is up now." + (f" Cut off: {', '.join(stopped)}." if stopped else ""))
+    stopped = stop(Home.from_environment(writes=True))
+    if as_json:
+        print_json(asdict(stopped))
+        return
+    print("Nothing is up now." + (f" Cut off: {', '.join(stopped.cut_off)}." if stopped.cut_off else ""))
+    if stopped.without_server:
+        print(f"Begun by others on its Prefect server, and ending now: {', '.join(stopped.without_server)}.")
 
 
 @app.command()

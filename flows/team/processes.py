@@ -1,13 +1,16 @@
 """Processes that outlive their parent, and how to be sure that none is left."""
 
 import os
+import shlex
 import signal
 import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -17,6 +20,8 @@ from steps.frame import UserError
 
 MARK = "POSTTRAIN_TEAM"
 """Environment variable that names the home; every process of the team inherits it, so that a scan finds them all."""
+_PATIENCE = 10
+"""Seconds within which a killed process is gone."""
 
 
 def start(command: Sequence[str], environment: Mapping[str, str], home: Home, log: Path, url: str = "") -> Running:
@@ -63,7 +68,8 @@ def members(home: Home) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(MARK) == str(home.root) and process.status() != psutil.STATUS_ZOMBIE:
+            mark = process.environ().get(MARK)
+            if mark and Path(mark).resolve() == home.root and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         except psutil.Error:
             # Another user's, a kernel thread, or one that has just ended.
@@ -71,13 +77,31 @@ def members(home: Home) -> list[psutil.Process]:
     return [process for process in found if process.pid != os.getpid()]
 
 
-def tree(running: Collection[Running]) -> set[int]:
-    """Return the ids of the processes and of all their descendants."""
-    found: set[int] = set()
+def tree(running: Iterable[Running]) -> set[psutil.Process]:
+    """Return the processes that still run and all their descendants."""
+    found: set[psutil.Process] = set()
     for service in running:
         if service.alive:
-            children = psutil.Process(service.pid).children(recursive=True)
-            found |= {service.pid, *(child.pid for child in children)}
+            with suppress(psutil.NoSuchProcess):
+                process = psutil.Process(service.pid)
+                found |= {process, *process.children(recursive=True)}
+    return found
+
+
+def runs_on(url: str) -> list[str]:
+    """Return the commands, `run RECIPE ...`, of this user's runs that are connected to a server on this machine."""
+    port = urlsplit(url).port
+    connected = {
+        connection.pid
+        for connection in psutil.net_connections("tcp")
+        if connection.pid and port and connection.raddr and connection.raddr.port == port
+    }
+    found = []
+    for pid in sorted(connected):
+        with suppress(psutil.Error):
+            words = psutil.Process(pid).cmdline()
+            if "run" in words:
+                found.append(shlex.join(words[words.index("run") :]))
     return found
 
 
@@ -87,12 +111,13 @@ def kill(processes: Collection[psutil.Process], *, grace: float = 0) -> None:
         _signal(processes, signal.SIGTERM)
         _, processes = psutil.wait_procs(processes, timeout=grace)
     _signal(processes, signal.SIGKILL)
-    psutil.wait_procs(processes, timeout=10)
+    psutil.wait_procs(processes, timeout=_PATIENCE)
 
 
 def _signal(processes: Collection[psutil.Process], number: signal.Signals) -> None:
     for process in processes:
         try:
             process.send_signal(number)
-        except psutil.NoSuchProcess:
+        except psutil.Error:
+            # It has ended, or is another user's: whoever asked looks who is left.
             continue

@@ -110,3 +110,37 @@ def test_bad_rows_name_file_and_line(command: Command, tmp_path: Path) -> None:
     assert "line 2" in ended.out.replace("\n", " ")
     assert "Traceback" not in ended.out + ended.err
     assert not list((command.home / "artifacts").glob("*"))
+
+
+@pytest.mark.parametrize(
+    "line", ["plan pico", "run pico", "ls", "show x", "pull x --to x", "rollback x", "up", "down", "status"]
+)
+def test_a_home_that_is_a_file_is_one_sentence(command: Command, line: str) -> None:
+    command.home.touch()
+    ended = command(*line.split())
+    why = f"{command.home}: this can be no home: it is no directory; POSTTRAIN_HOME names another place"
+    assert (ended.code, ended.out, ended.err) == (2, "", f"error: {why}\n")
+
+
+@pytest.mark.parametrize("line", ["plan pico", f"plan {ROOT}/recipes/pico.yaml", "ls"])
+@pytest.mark.parametrize("named", [True, False])
+def test_a_working_directory_that_is_gone_is_one_sentence(
+    command: Command, line: str, named: bool, tmp_path: Path
+) -> None:
+    if not named:
+        del command.environment["POSTTRAIN_HOME"]
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    code = f"import os; os.chdir({str(gone)!r}); os.rmdir({str(gone)!r}); from flows.cli import main; main()"
+    words = [sys.executable, "-c", code, *line.split()]
+    ended = subprocess.run(words, cwd=ROOT, env=command.environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr.count("\n")) == ((0, 0) if named and line == "ls" else (2, 1))
+
+
+@pytest.mark.parametrize("name", COMMANDS + SERVICE_COMMANDS)
+def test_the_readme_says_which_commands_have_json(command: Command, name: str) -> None:
+    assert ("--json" in command(name, "--help").out) == (name not in ("join", "schema"))
+
+
+def test_down_for_scripts(command: Command) -> None:
+    assert command("down", "--json").json == {"cut_off": [], "without_server": []}
