@@ -1,5 +1,6 @@
 """`posttrain run`: plan, show, and run under a Prefect server of our own where none is up."""
 
+import logging
 import os
 import sys
 import threading
@@ -75,6 +76,8 @@ def _under_prefect(execution: Execution, board: Board, stack: ExitStack, paramet
     try:
         execution.run_early()
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+        # Prefect would write half a line wherever the cursor stands for each log that it cannot send.
+        logging.raiseExceptions = False
         ready.wait()
         return _flow(execution, board, url, parameters)
     except BaseException as error:
