@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _SCHEME = ("scheme", "bits", "group_size")
 """Settings of quantizing steps from which the scheme of what they give is made."""
+_SHOWN = 6
+"""Names that a sentence lists at most."""
 
 
 def check_publish(graph: "Graph") -> None:
@@ -100,7 +102,9 @@ def _check_measured(graph: "Graph", place: Place, gate: Gate, report: "Node", me
     name, key = judged.name, (*place, "member" if gate.member else "metric")
     if (ref := measured.get(name)) is None or ref.step != name:
         others = [called for called, ref in measured.items() if ref.step == name]
-        named = ", ".join(f"`{each}`" for each in measured)
+        named = ", ".join(
+            [*(f"`{each}`" for each in [*measured][:_SHOWN]), *(["..."] if len(measured) > _SHOWN else [])]
+        )
         said = f"does not measure `{name}`, but {named}; name it among its `candidates`, or another `member` here"
         if others:
             said = f"calls `{name}` `{others[0]}`, and gates know it by its step's name; leave its `names` out"

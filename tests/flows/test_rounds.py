@@ -28,7 +28,7 @@ steps:
       merged: {uses: merge.adapter, adapter: tuned}
       gguf: {uses: quantize.gguf, model: merged, matrix: {scheme: [Q8_0, F16]}}
   quality: {uses: evaluate.compare, reference: merged, candidates: [base, merged], data: data.eval}
-publish: {family: loop, members: [merged, gguf], gates: [{metric: quality.kl, member: gguf, at_most: 1}]}
+publish: {family: loop, members: [merged, gguf], gates: [{metric: quality.perplexity, at_most: 100}]}
 """
 Loop = Callable[..., Graph]
 
@@ -204,7 +204,11 @@ def test_many_rounds_are_planned_quickly(loop: Loop) -> None:
         ("      gguf:", "      inner: {rounds: 2, steps: {}}\n      gguf:", "`inner` is a group within a group"),
         ("      tuned:", "      base:", "`base` is kept for the recipe's own"),
         ("members: [merged, gguf]", "members: ['merged[4]']", "publish.members.0: no step `merged[4]`; did you mean"),
-        ("member: gguf", "member: gguff", "16: publish.gates.0.member: `gguff` is not among the published members;"),
+        (
+            "at_most: 100",
+            "at_most: 100, member: gguff",
+            "16: publish.gates.0.member: `gguff` is not among the published members;",
+        ),
     ],
 )
 def test_refused_in_one_sentence_with_its_place(loop: Loop, old: str, new: str, sentence: str) -> None:
@@ -249,8 +253,8 @@ def test_a_report_that_a_gate_may_name_stays_the_last_rounds(loop: Loop) -> None
     score = (
         "score: {uses: evaluate.compare, reference: merged, candidates: gguf, data: data.eval, matrix: {rows: [4, 8]}}"
     )
-    message = refusal(loop, ("      gguf:", f"      {score}\n      gguf:"), ("metric: quality.kl", "metric: score.kl"))
-    assert "`score` is several reports; name one: `score[4].kl` or `score[8].kl`" in message
+    message = refusal(loop, ("      gguf:", f"      {score}\n      gguf:"), ("metric: quality", "metric: score"))
+    assert "`score` is several reports; name one: `score[4].perplexity` or `score[8].perplexity`" in message
 
 
 def test_a_name_of_another_group_that_may_be_a_round_or_a_member_is_refused_within_a_group_too(loop: Loop) -> None:
