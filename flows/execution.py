@@ -221,6 +221,8 @@ class Execution:
             cache=self.home.cache,
             resolved=resolved,
             sources=self.plan.prints.get(node.name, {}),
+            code=self.plan.code[node.kind.name].digest,
+            code_files=self.plan.code[node.kind.name].files,
             resources=node.resources,
             devices=devices,
         )

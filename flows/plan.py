@@ -15,6 +15,7 @@ from registry.index import Entry, Index
 from registry.record import Recorder
 from steps.artifacts.manifest import canonical_json
 from steps.frame import UserError
+from steps.frame.code import StepCode
 from steps.frame.config import sources_of
 from steps.frame.keys import plain_config, step_key
 from steps.frame.kinds import ABSENT, modules_of, version_of
@@ -79,6 +80,8 @@ class Plan:
     """Artifact digest of each `registry://` source."""
     prints: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """By step, the fingerprint of each other source that it reads."""
+    code: Mapping[str, StepCode] = field(default_factory=dict)
+    """By step kind, the code that its keys speak of."""
 
     @property
     def todo(self) -> list[PlannedStep]:
@@ -110,6 +113,7 @@ def make_plan(graph: Graph, home: Home, root: Path, *, thorough: bool, say: Say 
     Raises:
         UserError: a source that the key depends on cannot be read.
     """
+    code = {node.kind.name: StepCode.of(node.kind.run.__module__) for node in graph.nodes.values()}
     keys, registry, prints = graph_keys(graph, home, root)
     index = Index(home.index)
     known = _Known(index, home, thorough)
@@ -119,7 +123,7 @@ def make_plan(graph: Graph, home: Home, root: Path, *, thorough: bool, say: Say 
         todo = [step.node for step in steps.values() if _is_to_run(step)]
         prove_unproven((name for node in todo for name in (*imported(node), *needed(graph, node))), say)
     reachable = {name: _blocked(graph, step, home, root) for name, step in steps.items()}
-    return Plan(graph, reachable, registry, prints)
+    return Plan(graph, reachable, registry, prints, code)
 
 
 class Keys(NamedTuple):

@@ -19,16 +19,19 @@ class Publication:
     sentence: str
     release: Release | None = None
     """None where the recipe publishes nothing, or the release is not there yet."""
+    nothing: bool = False
+    """Whether the recipe publishes nothing."""
 
     def __bool__(self) -> bool:
-        return self.release is not None
+        """Whether there is nothing left to publish."""
+        return self.nothing or self.release is not None
 
 
 def is_current(execution: Execution) -> Publication:
     """Say whether these very members are published already, without opening MLflow in embedded mode."""
     wanted = execution.plan.graph.loaded.recipe.publish
     if wanted is None:
-        return Publication("The recipe publishes nothing.")
+        return Publication("The recipe publishes nothing.", nothing=True)
     members = [step.entry for step in execution.plan.steps.values() if step.entry]
     if len(members) < len(execution.plan.steps) or not _is_known(execution.home, wanted.family):
         return Publication("")

@@ -46,6 +46,29 @@ def code_modules(module: str) -> dict[str, Path]:
     return modules_behind(module, _own_file)
 
 
+@dataclass(frozen=True)
+class StepCode:
+    """A step's code as it was at one moment."""
+
+    digest: str
+    files: Mapping[Path, int]
+    """Those behind the digest, each with when it was changed last (nanoseconds)."""
+
+    @classmethod
+    def of(cls, module: str) -> "StepCode":
+        """Look at a module of `steps` and all that it imports of `steps`."""
+        files = {path: changed_at(path) for path in code_modules(module).values()}
+        return cls(code_digest(module), files)
+
+
+def changed_at(path: Path) -> int:
+    """Return when a file was changed last, in nanoseconds; 0 where it is gone."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
 def digest_modules(modules: Mapping[str, Path]) -> str:
     """Return the sha256 over the code of modules, given with their files."""
     told = "".join(f"{name} {_code(name, path).digest}\n" for name, path in sorted(modules.items()))

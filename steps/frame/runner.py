@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from steps.artifacts import Artifact, Draft, Facts, Manifest, Parent, Report, Store, digest_tree
+from steps.frame.code import changed_at, code_digest
 from steps.frame.config import StepConfig, choices_of, edges_of
 from steps.frame.errors import PartDone, UserError
 from steps.frame.job import Job
@@ -76,6 +77,7 @@ def _run(spec: StepSpec, rank: int) -> StepResult:
     drafts: Mapping[str, Draft] = {"": returned} if isinstance(returned, Draft) else returned
     _check_outputs(kind, config, drafts)
     _check_sources(spec)
+    _check_code(kind, spec)
     store = Store(spec.store)
     outputs = {name: _publish(spec, kind, config, name, draft, parents, store).digest for name, draft in drafts.items()}
     own = ready - began + time.perf_counter() - done
@@ -164,6 +166,8 @@ def _check_sources(spec: StepSpec) -> None:
     Raises:
         UserError: a source is no longer what it was when the key was computed.
     """
+    if not spec.sources:
+        return
     # Sources are part of what steps do, and stand on the frame.
     from steps.sources import fingerprint
 
@@ -171,6 +175,22 @@ def _check_sources(spec: StepSpec) -> None:
         if fingerprint(uri, Path.cwd()) != planned:
             shutil.rmtree(spec.work / "scratch", ignore_errors=True)
             raise UserError(f"step `{spec.name}`: {uri} changed between the plan and the end of the step; run again")
+
+
+def _check_code(kind: StepKind, spec: StepSpec) -> None:
+    """Refuse to publish, under a key that speaks of other code, what a step made whose code was edited meanwhile.
+
+    What a step imports while it works may be newer than what its key was computed from. Files that are as old as they
+    were then are the same; the others are read again.
+
+    Raises:
+        UserError: the code is no longer what it was when the key was computed.
+    """
+    if all(changed_at(path) == moment for path, moment in spec.code_files.items()):
+        return
+    if code_digest(kind.run.__module__) != spec.code:
+        shutil.rmtree(spec.work / "scratch", ignore_errors=True)
+        raise UserError(f"step `{spec.name}`: its code was changed between the plan and the end of the step; run again")
 
 
 def limit_threads(cpus: int) -> None:

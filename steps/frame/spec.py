@@ -49,6 +49,10 @@ class StepSpec(_Message):
     """`registry://` sources, already fetched by the flow."""
     sources: Mapping[str, str] = {}
     """Fingerprint, as it entered the key, of each other source that the step reads."""
+    code: str = ""
+    """Digest of the step's code, as it entered the key."""
+    code_files: Mapping[Path, int] = {}
+    """The files behind it, and when each was changed last (nanoseconds)."""
     resources: Resources = Resources()
     devices: tuple[str, ...] = ()
     """GPUs that it may use, as `CUDA_VISIBLE_DEVICES` names them, where it asks for some."""

@@ -85,8 +85,8 @@ def test_bad_input_is_one_sentence_and_code_2(command: Command, arguments: list[
             "",
             "error: /nonexistent/dir/s.json: No such file",
         ),
-        (["plan", "pico"], "/dev/null", "error: /dev/null/"),
-        (["run", "pico"], "/dev/null/x", "error: /dev/null/"),
+        (["plan", "pico"], "/dev/null", "error: /dev/null: this can be no home"),
+        (["run", "pico"], "/dev/null/x", "error: /dev/null"),
     ],
 )
 def test_a_place_that_cannot_be_written_is_one_sentence_and_code_2(

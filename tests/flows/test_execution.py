@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from flows.execution import Execution
 from flows.prepare import plan_recipe
 from registry.home import Home
+from steps.frame.code import StepCode
 
 RECIPE = """
 name: rows
@@ -54,3 +56,25 @@ def test_a_source_that_changes_between_plan_and_step_is_not_kept_under_the_old_k
         state = execution.run("data")
     assert state.entry
     assert "old" in (home.store.path(state.entry.outputs["train"]) / "rows.jsonl").read_text(encoding="utf-8")
+
+
+def test_code_that_is_edited_between_plan_and_step_is_not_kept_under_the_old_key(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a step imports while it works may be newer than its key; a file that was only touched is the same code."""
+    monkeypatch.chdir(tmp_path)
+    Path("rows.yaml").write_text(RECIPE.replace("SOURCE", "rows.jsonl"), encoding="utf-8")
+    Path("rows.jsonl").write_text(rows("old"), encoding="utf-8")
+    for edited in (True, False):
+        with planned(home) as execution:
+            now = execution.plan.code["data.prepare"]
+            file = next(path for path in now.files if path.name == "prepare.py")
+            before = StepCode("another" if edited else now.digest, {**now.files, file: now.files[file] - 1})
+            plan = replace(execution.plan, code={"data.prepare": before})
+            monkeypatch.setattr(execution, "plan", plan)
+            state = execution.run("data")
+        if edited:
+            assert (state.outcome, state.entry) == ("refused", None)
+            assert state.message.startswith("step `data`: its code was changed between the plan and the end of the")
+        else:
+            assert state.outcome == "finished"

@@ -275,7 +275,7 @@ def test_a_loop_runs_and_goes_on_where_it_ended(write: Callable[[str, str], Path
     recipe = write(
         "loop.yaml",
         "name: loop\nbase: {uses: model.pico, hidden: 32, layers: 1, vocabulary: 300, pretrain_steps: 2}\nsteps:\n"
-        "  data: {uses: data.prepare, source: python-stdlib-docs, limit: 20, max_tokens: 100}\n"
+        "  data: {uses: data.prepare, source: python-stdlib-docs, limit: 20, max_tokens: 100, eval_fraction: 0.3}\n"
         "  improve:\n    rounds: 2\n    carry: {policy: {start: base, then: tuned}}\n"
         f"    steps: {{tuned: {tuned}}}\n"
         "publish: {family: loop, members: [tuned]}\n",

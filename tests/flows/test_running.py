@@ -46,7 +46,8 @@ def test_a_run_that_has_nothing_to_do_still_says_its_notes_and_where_the_report_
     assert any("was chosen by these very rows" in note for note in first["notes"])
     for page_is_there in (True, False):
         out = io.StringIO()
-        again = run_recipe("noted.yaml", (), publish=False, console=Console(file=out, width=300)).summary()
+        # With `publish`, too: a recipe that publishes nothing has nothing left to publish.
+        again = run_recipe("noted.yaml", (), publish=page_is_there, console=Console(file=out, width=300)).summary()
         assert again["notes"] == first["notes"]
         assert again["report"] == (first["report"] if page_is_there else None)
         said = out.getvalue()

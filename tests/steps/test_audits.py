@@ -92,7 +92,6 @@ def test_state_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
     ("settings", "low", "high"),
     [
         ({"loss": "cispo"}, 0.2, 5.0),
-        ({"loss": "cispo", "epsilon": 0.3}, 0.3, 5.0),
         ({"loss": "dapo", "epsilon": 0.1}, 0.1, 0.28),
         ({"loss": "gspo", "epsilon": 1e-3}, 1e-3, 4e-4),
         ({"loss": "grpo", "epsilon": 0.1}, 0.1, 0.1),
