@@ -113,8 +113,7 @@ def make_plan(graph: Graph, home: Home, root: Path, *, thorough: bool, say: Say 
     Raises:
         UserError: a source that the key depends on cannot be read.
     """
-    code = {node.kind.name: StepCode.of(node.kind.run.__module__) for node in graph.nodes.values()}
-    keys, registry, prints = graph_keys(graph, home, root)
+    keys, registry, prints, code = graph_keys(graph, home, root)
     index = Index(home.index)
     known = _Known(index, home, thorough)
     alike = likenesses(graph)
@@ -135,6 +134,8 @@ class Keys(NamedTuple):
     """Artifact digest of each `registry://` source."""
     prints: dict[str, dict[str, str]]
     """By node, the fingerprint of each other source."""
+    code: dict[str, StepCode]
+    """By step kind, its code as the keys speak of it."""
 
 
 def graph_keys(graph: Graph, home: Home, root: Path) -> Keys:
@@ -146,15 +147,18 @@ def graph_keys(graph: Graph, home: Home, root: Path) -> Keys:
     keys: dict[str, str] = {}
     registry: dict[str, str] = {}
     read: dict[str, dict[str, str]] = {}
+    kinds = {node.kind.name: node.kind for node in graph.nodes.values()}
+    code = {name: StepCode.of(kind.run.__module__) for name, kind in kinds.items()}
     for node in graph.nodes.values():
         prints = {}
         for name, uris in sources_of(node.config).items():
             for uri in uris:
                 prints[uri] = _fingerprint(graph, node, name, uri, home, root, registry)
         parents = {name: [f"{keys[ref.step]}:{ref.output}" for ref in refs] for name, refs in node.edges.items()}
-        keys[node.name] = step_key(node.kind, node.config, parents, prints, node.resources.world)
+        known = code[node.kind.name].digest
+        keys[node.name] = step_key(node.kind, node.config, parents, prints, node.resources.world, known)
         read[node.name] = {uri: found for uri, found in prints.items() if not uri.startswith(REGISTRY)}
-    return Keys(keys, registry, read)
+    return Keys(keys, registry, read, code)
 
 
 def likenesses(graph: Graph) -> dict[str, str]:

@@ -32,7 +32,7 @@ class Readiness:
 
     def __init__(self, wait: Callable[[], None] | None = None) -> None:
         """Wait in the background; without `wait` it answers already."""
-        self._error: UserError | None = None
+        self._error: Exception | None = None
         self._wait = wait
         self._thread = threading.Thread(target=self._watch, daemon=True, name="prefect-server-watch")
         self._thread.start()
@@ -51,7 +51,8 @@ class Readiness:
         try:
             if self._wait:
                 self._wait()
-        except UserError as error:
+        # Whatever it is: who waits must not take it for a server that answers.
+        except Exception as error:
             self._error = error
 
 

@@ -33,16 +33,12 @@ class Preference:
     rejected: str | None
     source: str
     group: None = None
+    """It belongs to nothing but its question."""
 
     @property
     def id(self) -> str:
         """16 hex digits of the sha256 over prompt and answers: equal rows have equal ids in every data set."""
         return hexdigest(canonical_json([self.prompt, self.chosen, self.rejected]))[:16]
-
-    @property
-    def prompt_id(self) -> str:
-        """16 hex digits of the sha256 over the prompt alone."""
-        return hexdigest(canonical_json(self.prompt))[:16]
 
     @property
     def opening(self) -> str:

@@ -57,8 +57,9 @@ class StepCode:
     @classmethod
     def of(cls, module: str) -> "StepCode":
         """Look at a module of `steps` and all that it imports of `steps`."""
-        files = {path: changed_at(path) for path in code_modules(module).values()}
-        return cls(code_digest(module), files)
+        modules = code_modules(module)
+        files = {path: changed_at(path) for path in modules.values()}
+        return cls(digest_modules(modules), files)
 
 
 def changed_at(path: Path) -> int:

@@ -20,6 +20,7 @@ def step_key(
     parents: Mapping[str, Sequence[str]],
     sources: Mapping[str, str],
     processes: int = 1,
+    code: str | None = None,
 ) -> str:
     """Compute a step's key.
 
@@ -29,10 +30,11 @@ def step_key(
         parents: for each input field the `<key of the producing step>:<output>` of its parents, in order.
         sources: fingerprint of each external source by URI.
         processes: how many share the work; of a training each adds a batch of its own to every optimizer step.
+        code: digest of the kind's code, where it is known already.
     """
     content = {
         "kind": kind.name,
-        "code": code_digest(kind.run.__module__),
+        "code": code or code_digest(kind.run.__module__),
         "config": plain_config(kind, config),
         "parents": {field: list(keys) for field, keys in parents.items()},
         "sources": dict(sources),

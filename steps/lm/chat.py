@@ -137,7 +137,7 @@ def _turns(
         through = render(tokenizer, messages[: index + 1])
         if not text.startswith(through):
             # Some templates (Phi-3's) write the end token behind the last turn, whichever that is.
-            through = through.removesuffix(str(tokenizer.eos_token))
+            through = through.removesuffix(str(tokenizer.eos_token or ""))
         # The last turn's text is what matters to most callers; an earlier one may lose its reasoning to the template.
         if not (text.startswith(before) and text.startswith(through)):
             raise UserError(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from steps.artifacts import Model
+from steps.frame import UserError
 from steps.lm.chat import conversation, render, token_ids, without_control_tokens
 from steps.lm.checkpoint import load_tokenizer, save_model, stop_token_ids
 from steps.lm.llama_cpp import GgufModel
@@ -236,6 +237,17 @@ def test_every_turn_of_a_conversation_ends_in_a_stop(tokenizer: Any, template: s
     spoken = [talk.ids[turn.start : turn.stop] for turn in talk.turns]
     assert [each[-1] for each in spoken] == [end, end]
     assert [tokenizer.decode(each[:-1]).strip() for each in spoken] == ["1 2 3", "4 5"]
+
+
+def test_a_tokenizer_without_an_end_token_has_none_of_that_name(tokenizer: Any) -> None:
+    """A turn that the template changes later is refused, also where it ends in the word None."""
+    tokenizer.chat_template = _EACH + "{{ m.content if loop.last else m.content.replace('None', 'that') }}{% endfor %}"
+    before, tokenizer.eos_token = tokenizer.eos_token, None
+    try:
+        with pytest.raises(UserError, match="changes the assistant's turn 2"):
+            conversation(tokenizer, [*QUESTION, {"role": "assistant", "content": "It is None"}, *ANSWERED], [0])
+    finally:
+        tokenizer.eos_token = before
 
 
 def test_control_tokens_that_a_model_wrote_as_letters_speak_for_nobody(pico: Any) -> None:
