@@ -1,5 +1,6 @@
 """The NVIDIA GPUs of this machine, told from their device files and the driver's, without importing torch."""
 
+import itertools
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -8,12 +9,17 @@ _DRIVER = Path("/proc/driver/nvidia")
 
 
 def gpus() -> list[str]:
-    """Return the NVIDIA GPUs that may be used, by the names that `CUDA_VISIBLE_DEVICES` gives them."""
+    """Return the NVIDIA GPUs that may be used, by the names that `CUDA_VISIBLE_DEVICES` gives them.
+
+    Like CUDA, it reads the same GPU in `1`, ` 1` and `01`, and none behind the first name that is none.
+    """
     there = device_files()
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None or not there:
         return [str(number) for number in range(there)]
-    return [name for name in chosen.split(",") if name.strip() not in ("", "-1")]
+    names = [name.strip() for name in chosen.split(",")]
+    known = itertools.takewhile(lambda name: name and not name.startswith("-"), names)
+    return [str(int(name)) if name.isdecimal() else name for name in known]
 
 
 def physical_name(name: str) -> str:

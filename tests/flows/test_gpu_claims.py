@@ -21,7 +21,7 @@ from pathlib import Path
 from flows import gpu_claims
 from flows.execution import Slots
 from steps.frame import Resources
-gpu_claims._FOLDER = Path(sys.argv[1])
+gpu_claims._FOLDERS = (Path(sys.argv[1]),)
 with Slots(2, ["0", "1"]).taken(Resources(cpus=1, gpus=1)) as devices:
     print(*devices, flush=True)
     sys.stdin.readline()
@@ -31,11 +31,11 @@ with Slots(2, ["0", "1"]).taken(Resources(cpus=1, gpus=1)) as devices:
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Claims that meet no real run's."""
-    monkeypatch.setattr(gpu_claims, "_FOLDER", tmp_path / "gpus")
+    monkeypatch.setattr(gpu_claims, "_FOLDERS", (tmp_path / "gpus",))
 
 
 def holder(**more: str) -> "subprocess.Popen[str]":
-    line = [sys.executable, "-c", HOLD, str(gpu_claims._FOLDER)]
+    line = [sys.executable, "-c", HOLD, str(gpu_claims._FOLDERS[0])]
     return subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **more})
 
 
@@ -88,18 +88,18 @@ def test_a_gpu_has_one_lock_whatever_it_is_called(tmp_path: Path, monkeypatch: p
     assert held
     assert claim(["3"], 1) is None
     release(held)
-    assert oct(gpu_claims._FOLDER.stat().st_mode)[-4:] == "1777"
+    assert oct(gpu_claims._FOLDERS[0].stat().st_mode)[-4:] == "1777"
 
 
 def test_the_locks_lie_in_one_place_whatever_the_environment_says(tmp_path: Path) -> None:
-    program = "from flows import gpu_claims; print(gpu_claims._FOLDER)"
+    program = "from flows import gpu_claims; print(*gpu_claims._FOLDERS)"
     places = set()
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         environment = {**os.environ, "TMPDIR": str(tmp_path / name), "XDG_RUNTIME_DIR": str(tmp_path / name)}
         line = [sys.executable, "-c", program]
         places.add(subprocess.run(line, env=environment, capture_output=True, text=True, check=True).stdout.strip())
-    assert places == {"/tmp/posttrain-gpus"}
+    assert places == {"/tmp/posttrain-gpus /dev/shm/posttrain-gpus /var/lock/posttrain-gpus"}
 
 
 def test_two_runs_with_temporary_folders_of_their_own_get_two_gpus(tmp_path: Path) -> None:
@@ -122,6 +122,46 @@ def test_a_lock_is_made_once_and_opened_without_making_it(monkeypatch: pytest.Mo
 
 
 def test_a_lock_that_cannot_be_opened_is_one_sentence() -> None:
-    gpu_claims._FOLDER.write_text("a file in the folder's place")
+    gpu_claims._FOLDERS[0].write_text("a file in the folder's place")
     with pytest.raises(OSError, match="the lock of GPU 0 cannot be opened"):
         claim(["0"], 1)
+
+
+def test_a_claim_leaves_the_umask_of_the_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other threads write meanwhile would be open to all."""
+    looked: list[int] = []
+    monkeypatch.setattr(os, "umask", looked.append)
+    release(claim(["0"], 1) or {})
+    assert not looked
+    (lock,) = gpu_claims._FOLDERS[0].iterdir()
+    assert oct(lock.stat().st_mode)[-4:] == "0666"
+
+
+def test_locks_lie_in_the_first_place_that_can_hold_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = tmp_path / "nowhere" / "gpus", tmp_path / "second", tmp_path / "third"
+    monkeypatch.setattr(gpu_claims, "_FOLDERS", places)
+    release(claim(["0"], 1) or {})
+    assert [place.is_dir() for place in places] == [False, True, False]
+    # Whoever can make the first later still looks where the others do.
+    places[0].parent.mkdir()
+    release(claim(["0"], 1) or {})
+    assert [place.is_dir() for place in places] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "names"),
+    [
+        ("0, 1", ["0", "1"]),
+        (" 1 ,00", ["1", "0"]),
+        ("GPU-8f2e , GPU-1", ["GPU-8f2e", "GPU-1"]),
+        ("0,-1,1", ["0"]),
+        ("", []),
+        ("-1", []),
+    ],
+)
+def test_a_gpu_has_one_name_however_the_list_is_written(
+    chosen: str, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpus, "device_files", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert gpus.gpus() == names
