@@ -6,7 +6,8 @@ a step (by a command of its own where that is not empty), `{"id", "signal"}` sig
 server ends: no orphan outlives its flow.
 
 CUDA must not be initialised before the fork, so nothing here touches a device; should a preloaded module have done so,
-each step gets a fresh interpreter.
+each step gets a fresh interpreter. So does one whose code was touched since the plan: what was imported before the fork
+may be of another moment.
 """
 
 import faulthandler
@@ -21,6 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from steps.frame.code import changed_at, code_modules
 from steps.frame.runner import run_step
 from steps.frame.scale import die_with_parent, launcher_environment, use_devices
 from steps.frame.spec import LOG_NAME, StepSpec
@@ -85,7 +87,7 @@ class ForkServer:
             spec = StepSpec.model_validate_json(spec_path.read_bytes())
             redirect_output(spec.work / LOG_NAME)
             use_devices(spec)
-            if command or _has_touched_cuda():
+            if command or _has_touched_cuda() or _is_touched(spec):
                 command = command or [sys.executable]
                 os.environ.update(launcher_environment(spec.resources))
                 os.execv(command[0], [*command, "-m", "steps", str(spec_path)])
@@ -142,6 +144,11 @@ def _has_touched_cuda() -> bool:
     return torch is not None and torch.cuda._is_in_bad_fork()
 
 
+def _is_touched(spec: StepSpec) -> bool:
+    """Whether a file behind the step's key was written since the plan."""
+    return any(changed_at(path) != moment for path, moment in spec.code_files.items())
+
+
 def _signal_group(pid: int, number: int) -> None:
     try:
         os.killpg(pid, number)
@@ -156,6 +163,8 @@ def main() -> None:
     link = socket.socket(fileno=int(sys.argv[1]))
     for name in sys.argv[2:]:
         importlib.import_module(name)
+        # Read once for all steps, each of which looks whether its code is that of its key.
+        code_modules(name)
     # Objects that are alive now will be alive in every child: keep the collector from touching (and copying) them.
     gc.collect()
     gc.freeze()

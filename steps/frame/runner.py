@@ -16,11 +16,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from steps.artifacts import Artifact, Draft, Facts, Manifest, Parent, Report, Store, digest_tree
-from steps.frame.code import changed_at, code_digest
+from steps.frame.code import code_modules, digest_modules
 from steps.frame.config import StepConfig, choices_of, edges_of
 from steps.frame.errors import PartDone, UserError
 from steps.frame.job import Job
 from steps.frame.kinds import StepKind, load_kind
+from steps.frame.pinned import pin
 from steps.frame.scale import rank_of
 from steps.frame.spec import RESULT_NAME, InputSpec, StepResult, StepSpec
 
@@ -67,6 +68,7 @@ def peak_memory() -> int:
 
 def _run(spec: StepSpec, rank: int) -> StepResult:
     began = time.perf_counter()
+    _pin_code(spec)
     kind = load_kind(spec.kind)
     config, parents = _resolve(kind, spec)
     job = Job(spec, rank)
@@ -77,11 +79,30 @@ def _run(spec: StepSpec, rank: int) -> StepResult:
     drafts: Mapping[str, Draft] = {"": returned} if isinstance(returned, Draft) else returned
     _check_outputs(kind, config, drafts)
     _check_sources(spec)
-    _check_code(kind, spec)
     store = Store(spec.store)
     outputs = {name: _publish(spec, kind, config, name, draft, parents, store).digest for name, draft in drafts.items()}
     own = ready - began + time.perf_counter() - done
     return StepResult(status="finished", outputs=outputs, metrics=job.last_metrics, load_seconds=own)
+
+
+def _pin_code(spec: StepSpec) -> None:
+    """Let the step run, to its end, the code that its key speaks of; what is edited meanwhile is for the next run.
+
+    Its scratch space is kept: it is of that code, too, and right again once the code is back.
+
+    Raises:
+        UserError: the code is another already.
+    """
+    if not spec.code:
+        return
+    changed = f"step `{spec.name}`: its code was changed between the plan and the step; run again"
+    try:
+        modules = code_modules(f"steps.{spec.kind}")
+        pin(modules)
+        if digest_modules(modules) != spec.code:
+            raise UserError(changed)
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"{changed} ({error})") from None
 
 
 def _resolve(kind: StepKind, spec: StepSpec) -> tuple[StepConfig, dict[str, Parent]]:
@@ -175,22 +196,6 @@ def _check_sources(spec: StepSpec) -> None:
         if fingerprint(uri, Path.cwd()) != planned:
             shutil.rmtree(spec.work / "scratch", ignore_errors=True)
             raise UserError(f"step `{spec.name}`: {uri} changed between the plan and the end of the step; run again")
-
-
-def _check_code(kind: StepKind, spec: StepSpec) -> None:
-    """Refuse to publish, under a key that speaks of other code, what a step made whose code was edited meanwhile.
-
-    What a step imports while it works may be newer than what its key was computed from. Files that are as old as they
-    were then are the same; the others are read again.
-
-    Raises:
-        UserError: the code is no longer what it was when the key was computed.
-    """
-    if all(changed_at(path) == moment for path, moment in spec.code_files.items()):
-        return
-    if code_digest(kind.run.__module__) != spec.code:
-        shutil.rmtree(spec.work / "scratch", ignore_errors=True)
-        raise UserError(f"step `{spec.name}`: its code was changed between the plan and the end of the step; run again")
 
 
 def limit_threads(cpus: int) -> None:

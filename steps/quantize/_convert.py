@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from steps.frame.errors import UserError
+from steps.frame.pinned import check_unedited
 from steps.quantize._pre_tokenizer import pre_tokenizer_name
 from steps.runtime.death import how_it_ended
 
@@ -68,7 +69,8 @@ def convert(
         pre_tokenizer: llama.cpp's name, to overrule what is recognised.
 
     Raises:
-        UserError: llama.cpp knows neither the architecture nor the pre-tokenizer, or the converter is not installed.
+        UserError: llama.cpp knows neither the architecture nor the pre-tokenizer, the converter is not installed, or
+            this code was edited while the step ran.
     """
     directory = converter_directory()
     (work / name).symlink_to(model.resolve(), target_is_directory=True)
@@ -85,6 +87,7 @@ def convert(
     spec.write_text(request.model_dump_json())
     path = os.pathsep.join([str(directory / "gguf-py"), str(directory), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path.rstrip(os.pathsep), "HF_HUB_OFFLINE": "1"}
+    check_unedited("steps.quantize")
     done = subprocess.run([sys.executable, "-m", __name__, str(spec)], env=environment, stdin=subprocess.DEVNULL)
     if done.returncode == _UNKNOWN_PRE_TOKENIZER:
         raise UserError(

@@ -31,6 +31,7 @@ import yaml
 
 from steps.artifacts.manifest import canonical_json
 from steps.frame.errors import UserError, did_you_mean
+from steps.frame.pinned import check_unedited
 from steps.lm.rows import write_jsonl
 from steps.sources.cache import cached
 
@@ -90,6 +91,7 @@ def _make_apart(uri: str, folder: Path) -> None:
     """
     program = "import sys; from steps.sources.reasoning_gym import write; sys.exit(write(*sys.argv[1:]))"
     path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+    check_unedited("steps.sources", "steps.lm", "steps.artifacts")
     made = subprocess.run(
         [sys.executable, "-c", program, uri, str(folder / "rows.jsonl")],
         env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0", "MPLBACKEND": "agg"},

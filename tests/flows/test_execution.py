@@ -75,6 +75,6 @@ def test_code_that_is_edited_between_plan_and_step_is_not_kept_under_the_old_key
             state = execution.run("data")
         if edited:
             assert (state.outcome, state.entry) == ("refused", None)
-            assert state.message.startswith("step `data`: its code was changed between the plan and the end of the")
+            assert state.message == "step `data`: its code was changed between the plan and the step; run again"
         else:
             assert state.outcome == "finished"

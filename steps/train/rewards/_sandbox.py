@@ -26,6 +26,7 @@ from functools import cache
 from typing import IO, Any
 
 from steps.frame.errors import UserError
+from steps.frame.pinned import check_unedited
 from steps.frame.scale import cores
 from steps.train.rewards import _confined
 
@@ -218,7 +219,12 @@ def _order(job: str, limits: Limits, folder: str, **more: Any) -> str:
 
 
 def _command(order: str, *, packages: bool) -> list[str]:
-    """Return the command line; without `packages` only the standard library can be imported."""
+    """Return the command line; without `packages` only the standard library can be imported.
+
+    Raises:
+        UserError: the program is no longer what the step's key speaks of.
+    """
+    check_unedited(_confined.__name__)
     return [sys.executable, "-s", *([] if packages else ["-S"]), _PROGRAM, order]
 
 
