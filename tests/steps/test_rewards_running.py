@@ -3,11 +3,13 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from steps.frame import UserError
 from steps.train.rewards import Scorer
+from steps.train.rewards import _external as external
 from steps.train.rewards import _sandbox as sandbox
 from steps.train.rewards._code import last_block
 from tests.steps.rollouts import READ, refused, rollout, scores
@@ -127,6 +129,39 @@ def test_external_is_named_by_its_files(write: Write, tmp_path: Path, monkeypatc
     assert "no longer what `sha256` says" in refused(first.model_dump())
 
 
+def test_an_external_verifier_that_is_edited_judges_no_more(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the model that a step makes would be of two verifiers, under the key of the first."""
+    monkeypatch.chdir(tmp_path)
+    write("check.py", "print(1)")
+    verifier = Scorer(READ.validate_python({"kind": "external", "command": [sys.executable, "check.py"]}))
+    assert verifier([rollout("x")]) == [1]
+    write("check.py", "print(0)")
+    with pytest.raises(UserError, match=r"check.py` were changed since the plan; run again"):
+        verifier([rollout("x")])
+
+
+def test_an_external_verifier_that_is_edited_and_restored_while_it_judges_is_refused(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write("check.py", "print(1)")
+    command = [sys.executable, "check.py"]
+    verifier = Scorer(READ.validate_python({"kind": "external", "command": command}))
+    run = external.run_confined
+
+    def run_and_edit(*order: Any) -> Any:
+        write("check.py", "print(0)")
+        outcome = run(*order)
+        write("check.py", "print(1)")
+        return outcome
+
+    monkeypatch.setattr(external, "run_confined", run_and_edit)
+    with pytest.raises(UserError, match="were changed since the plan"):
+        verifier([rollout("x")])
+
+
 # The user's own function
 
 
@@ -194,6 +229,39 @@ def test_bad_returns_are_named(body: str, sentence: str, write: Write) -> None:
     with pytest.raises(UserError, match=sentence) as caught:
         scores({"kind": "user", "path": f"{file}:score", "name": "mine"}, rollout("first"), rollout("second"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["kept.py:words", "kept_pkg:words"])
+def test_a_step_asks_one_user_function_to_its_end(
+    path: str, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It and what it imports only as it is called: half of the answers judged by another would be cached as its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    helper = f"kept_helper_{len(path)}"
+    file = "kept.py" if path.startswith("kept.py") else "kept_pkg/__init__.py"
+    body = f"def words(rollouts):\n    import {helper}\n    return [{helper}.WORTH] * len(rollouts)\n"
+    write(file, body)
+    write(f"{helper}.py", "WORTH = 1\n")
+    scorer = Scorer(READ.validate_python({"kind": "user", "path": path}))
+    write(file, body.replace("WORTH", "WORTH * 5"))
+    write(f"{helper}.py", "WORTH = 10\n")
+    assert scorer([rollout("a")]) == [1]
+    assert scorer([rollout("a")]) == [1]
+    write(file, body)
+    write(f"{helper}.py", "WORTH = 1\n")
+    assert scorer([rollout("a")]) == [1]
+
+
+def test_a_user_function_that_was_edited_before_it_was_imported_is_refused(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write("late.py", "def words(rollouts):\n    return [1] * len(rollouts)\n")
+    spec = READ.validate_python({"kind": "user", "path": "late.py:words"})
+    write("late.py", "def words(rollouts):\n    return [2] * len(rollouts)\n")
+    with pytest.raises(UserError, match=r"late.py:words was changed between the plan and the step; run again"):
+        Scorer(spec)
 
 
 def test_a_user_module_is_not_imported_when_the_recipe_is_read(write: Write, tmp_path: Path) -> None:

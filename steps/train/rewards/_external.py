@@ -19,6 +19,7 @@ from steps.train.rewards._reward import reward
 from steps.train.rewards._sandbox import TIMED_OUT, Limits, run_confined
 
 _NOT_RUN = 127
+_CHANGED = "the files of the command `{}` were changed since the plan; run again"
 
 
 def _can_run(command: list[str]) -> list[str]:
@@ -65,8 +66,9 @@ def external(
         network: allow it.
 
     Raises:
-        UserError: the command cannot be run.
+        UserError: the command cannot be run, or its files are no longer what `sha256` says.
     """
+    files = _as_pinned(command, sha256)
     limits = Limits(seconds, memory_mb, file_mb, processes, network)
     words = [str(Path(word).resolve()) if Path(word).is_file() else word for word in command]
 
@@ -83,13 +85,39 @@ def external(
             return 1.0
 
     with ThreadPoolExecutor(cores()) as threads:
-        return list(threads.map(score, rollouts))
+        scores = list(threads.map(score, rollouts))
+    if _written(command) != files:
+        raise UserError(f"reward `external`: {_CHANGED.format(' '.join(command))}")
+    return scores
 
 
 def _own_files_sha256(command: Sequence[str]) -> str:
     """Return a digest of those files in a command that belong to the project; empty where there are none."""
     root = Path.cwd()
-    files = [path for word in command if (path := (root / word).resolve()).is_file() and path.is_relative_to(root)]
+    files = _own_files(command)
     if not files:
         return ""
     return tree_sha256({path.relative_to(root).as_posix(): digest_file(path) for path in files})
+
+
+def _own_files(command: Sequence[str]) -> list[Path]:
+    root = Path.cwd()
+    return [path for word in command if (path := (root / word).resolve()).is_file() and path.is_relative_to(root)]
+
+
+def _written(command: Sequence[str]) -> tuple[tuple[Path, int, int], ...]:
+    """Return which files they are and when each was written last (nanoseconds)."""
+    stats = [(path, path.stat()) for path in _own_files(command)]
+    return tuple((path, stat.st_ino, stat.st_mtime_ns) for path, stat in stats)
+
+
+def _as_pinned(command: Sequence[str], sha256: str) -> tuple[tuple[Path, int, int], ...]:
+    """Check what is to be run against the settings; return what `_written` does.
+
+    Raises:
+        UserError: the files are others.
+    """
+    files = _written(command)
+    if _own_files_sha256(command) != sha256:
+        raise UserError(f"reward `external`: {_CHANGED.format(' '.join(command))}")
+    return files

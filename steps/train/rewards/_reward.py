@@ -73,6 +73,8 @@ class RewardKind:
     """Name of the parameter that takes the step's models; None where it takes none."""
     answer_in: Callable[[str], str] = str.strip
     """Takes from an answer's text what is judged, as answers are told apart where several vote (maj@n)."""
+    prepare: Callable[..., object] | None = None
+    """Called with the settings as soon as it is clear that the reward will be asked."""
 
     @property
     def summary(self) -> str:
@@ -90,7 +92,11 @@ REWARDS: dict[str, RewardKind] = {}
 
 
 def reward(
-    *, reference: str = "", check: Check | None = None, answer_in: Callable[[str], str] = str.strip
+    *,
+    reference: str = "",
+    check: Check | None = None,
+    answer_in: Callable[[str], str] = str.strip,
+    prepare: Callable[..., object] | None = None,
 ) -> Callable[[RewardFunction], RewardFunction]:
     """Register the decorated function as a reward under its own name, its keyword parameters as recipe keys.
 
@@ -98,6 +104,7 @@ def reward(
         reference: the paper or page that it follows.
         check: called with the validated settings; raises ValueError where they do not fit together.
         answer_in: see `RewardKind`.
+        prepare: see `RewardKind`.
     """
 
     def register(function: RewardFunction) -> RewardFunction:
@@ -118,7 +125,7 @@ def reward(
         spec = create_model(
             _class_name(name), __base__=RewardSpec, __doc__=summary, __validators__=validators, **fields
         )
-        REWARDS[name] = RewardKind(name, function, spec, reference, tools, answer_in)
+        REWARDS[name] = RewardKind(name, function, spec, reference, tools, answer_in, prepare)
         return function
 
     return register
@@ -130,6 +137,8 @@ class Scorer:
     def __init__(self, spec: RewardSpec, tools: Tools | None = None) -> None:
         kind = REWARDS[spec.kind]
         settings = {name: getattr(spec, name) for name in kind.spec.model_fields if name not in RewardSpec.model_fields}
+        if kind.prepare:
+            kind.prepare(**settings)
         if kind.needs_tools:
             settings[kind.needs_tools] = tools
         self.kind = spec.kind

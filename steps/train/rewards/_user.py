@@ -2,19 +2,20 @@
 
 import ast
 import importlib
-import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import AfterValidator, Field, ValidationInfo
 
-from steps.artifacts import digest_file
 from steps.frame.code import digest_modules, modules_behind
 from steps.frame.errors import UserError, did_you_mean
+from steps.frame.pinned import pin, pinned_spec
 from steps.lm.tasks import Rollout
 from steps.train.rewards._reward import reward
 
@@ -49,7 +50,7 @@ def _pinned(given: str, info: ValidationInfo) -> str:
     return found
 
 
-@reward()
+@reward(prepare=lambda path, sha256: _function(path, sha256))
 def user(
     rollouts: Sequence[Rollout],
     *,
@@ -58,7 +59,8 @@ def user(
 ) -> Sequence[float]:
     """What your own Python function gives: it takes a list of rollouts and returns one number for each.
 
-    It is imported because the recipe names it, and runs in the trainer's own process.
+    It is imported because the recipe names it, and runs in the trainer's own process. A step asks one function to its
+    end: what is edited meanwhile is for the next run.
 
     Args:
         rollouts: sampled answers.
@@ -67,37 +69,50 @@ def user(
             function is a new step.
 
     Raises:
-        UserError: the module cannot be imported, or has no such function.
+        UserError: the module cannot be imported, has no such function, or is no longer what `sha256` says.
     """
-    return _function(path)(rollouts)
+    return _function(path, sha256)(rollouts)
 
 
-def _function(path: str) -> Any:
+@cache
+def _function(path: str, sha256: str) -> Callable[[Sequence[Rollout]], Sequence[float]]:
+    """Import the function, once in a process, and pin what it imports later."""
     module_name, _, name = path.rpartition(":")
     try:
-        module = _imported(module_name)
+        module = _imported(module_name, path, sha256)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"reward `user`: importing {module_name} raised {type(error).__name__}: {error}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
+    if not callable(getattr(module, name, None)):
         raise UserError(f"reward `user`: {module_name} has no function `{name}`")
-    return function
+    return getattr(module, name)
 
 
-def _imported(name: str) -> ModuleType:
+def _imported(name: str, path: str, sha256: str) -> ModuleType:
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
-    if not name.endswith(".py"):
-        return importlib.import_module(name)
-    file = _file_of(name)
-    known = f"posttrain_user_{digest_file(file).sha256[:16]}"
-    if known not in sys.modules:
-        spec = importlib.util.spec_from_file_location(known, file)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
+    modules = _modules_behind(name)
+    own = name
+    to_pin = dict(modules)
+    if name.endswith(".py"):
+        # A file may be called like any library; its module has a name that no other has.
+        own = f"posttrain_user_{sha256[:16]}"
+        to_pin[own] = to_pin.pop(Path(name).stem)
+    pin(to_pin)
+    if digest_modules(modules) != sha256:
+        raise UserError(f"reward `user`: the code of {path} was changed between the plan and the step; run again")
+    if own in sys.modules or own == name:
+        return importlib.import_module(own)
+    spec = pinned_spec(own)
+    assert spec.loader is not None
+    sys.modules[own] = module = module_from_spec(spec)
+    try:
         spec.loader.exec_module(module)
-        sys.modules[known] = module
-    return sys.modules[known]
+    except BaseException:
+        del sys.modules[own]
+        raise
+    return module
 
 
 def _modules_behind(module: str) -> dict[str, Path]:
