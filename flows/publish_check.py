@@ -14,8 +14,6 @@ from steps.frame.errors import did_you_mean
 if TYPE_CHECKING:
     from flows.graph import Graph, Node
 
-_SCHEME = ("scheme", "bits", "group_size")
-"""Settings of quantizing steps from which the scheme of what they give is made."""
 _SHOWN = 6
 """Names that a sentence lists at most."""
 
@@ -138,8 +136,7 @@ def _check_distinct(graph: "Graph", published: "list[Node]") -> None:
         if any(node is other for other in first.values()):
             raise graph.loaded.error(("publish", "members"), f"`{node.name}` is named twice; name it once")
         kind = node.outputs[""]
-        scheme = {name: value for name in _SCHEME if (value := getattr(node.config, name, None)) is not None}
-        same: object = (kind, node.kind.name, *scheme.values()) if scheme else node.name if kind is Quantized else kind
+        same: object = (node.config.scheme_made or node.name) if kind is Quantized else kind
         if (other := first.setdefault(same, node)) is not node:
             alike = f"{kind.named()} of the same scheme" if kind is Quantized else kind.named()
             raise graph.loaded.error(

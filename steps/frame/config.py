@@ -218,6 +218,14 @@ class StepConfig(BaseModel):
         """Figures of the report that these settings give; gates can be put on no other."""
         return ()
 
+    @property
+    def scheme_made(self) -> tuple[str, str] | None:
+        """Format and scheme of the quantized model that these settings give, `("gguf", "Q4_K_M")`.
+
+        None where they give none, or do not say which. A release has one of each.
+        """
+        return None
+
     def check_resources(self, resources: Resources) -> None:
         """Check that what the step is granted can run these settings; steps that processes can share say so here.
 

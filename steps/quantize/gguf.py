@@ -67,6 +67,11 @@ class QuantizeGguf(StepConfig):
         """llama.cpp."""
         return ("llama.cpp",)
 
+    @property
+    def scheme_made(self) -> tuple[Literal["gguf"], str]:
+        """llama.cpp's name of it."""
+        return "gguf", self.scheme
+
 
 @step(
     "quantize.gguf",
@@ -125,9 +130,10 @@ def quantize_gguf(config: QuantizeGguf, job: Job) -> Draft:
     with _timed(job, "verify"):
         bits = verify_gguf(target, model, tokenizer, [*_SENTENCES, *texts[:16]], job.cpus)
     job.log_metrics({"size_bytes": target.stat().st_size, "bits_per_weight": bits, "fallbacks": outcome.fallbacks})
+    form, scheme = config.scheme_made
     facts = QuantizedFacts(
-        format="gguf",
-        scheme=config.scheme,
+        format=form,
+        scheme=scheme,
         bits_per_weight=bits,
         template_sha256=model.facts.template_sha256,
         stop_token_ids=model.facts.stop_token_ids,

@@ -53,6 +53,11 @@ class QuantizeGptq(StepConfig):
         """GPTQModel quantizes; what it wrote is unpacked and opened without it."""
         return ("GPTQModel",)
 
+    @property
+    def scheme_made(self) -> tuple[Literal["gptq"], str]:
+        """`Int4-g128`, or `Int4-channel` where every output channel has one scale."""
+        return "gptq", f"Int{self.bits}-" + ("channel" if self.group_size == -1 else f"g{self.group_size}")
+
 
 @step(
     "quantize.gptq",
@@ -90,9 +95,10 @@ def quantize_gptq(config: QuantizeGptq, job: Job) -> Draft:
             "verified_kappa": kappa,
         }
     )
+    form, scheme = config.scheme_made
     facts = QuantizedFacts(
-        format="gptq",
-        scheme=f"Int{config.bits}-" + ("channel" if config.group_size == -1 else f"g{config.group_size}"),
+        format=form,
+        scheme=scheme,
         bits_per_weight=bits,
         template_sha256=model.facts.template_sha256,
         stop_token_ids=model.facts.stop_token_ids,

@@ -15,6 +15,13 @@ from tests.flows.conftest import SMALL, builder
 
 QUALITY = "  quality: {uses: evaluate.compare, reference: merged, candidates: [gguf], data: data.eval}\n"
 SCORES = "  scores: {uses: evaluate.tasks, candidates: [merged, base], data: data.eval}\n"
+MORE = """
+  other: {uses: quantize.gguf, model: base, scheme: Q8_0}
+  coarse: {uses: quantize.gptq, model: merged, calibration: data.train, group_size: -1}
+  fine: {uses: quantize.gptq, model: merged, calibration: data.train, group_size: 32}
+  rl: {uses: train.grpo, model: base, data: data.train, adapter: {kind: full}, rewards: [{kind: exact}], group_size: 4}
+  best: {uses: evaluate.best, candidates: [base, merged], report: scores}
+"""
 Publish = Callable[..., Graph]
 
 
@@ -134,11 +141,17 @@ def test_an_adapter_is_not_held_against_a_champion_that_the_next_night_could_not
             "merged, gguf, other",
             "`gguf[Q8_0]` and `other` are each a Quantized of the same scheme, and a",
         ),
+        ("merged, best", "`merged` and `best` are each a Model, and a family has one; name one"),
+        ("rl, merged", "`rl` and `merged` are each a Model, and a family has one; name one"),
     ],
 )
 def test_members_that_a_release_cannot_hold_are_refused(publish: Publish, members: str, said: str) -> None:
-    other = "  other: {uses: quantize.gguf, model: base, scheme: Q8_0}\n"
-    assert said in refusal(publish, members=members, quality=QUALITY + other)
+    assert said in refusal(publish, members=members, quality=QUALITY + MORE)
+
+
+def test_quantized_members_are_told_apart_by_what_their_step_says_that_it_makes(publish: Publish) -> None:
+    assert publish(members="merged, gguf, coarse, fine", quality=QUALITY + MORE)
+    assert publish(members="rl, coarse", quality=QUALITY + MORE), "a group of answers is no group of weights"
 
 
 @pytest.mark.parametrize("family", ["g.champions", "g" * 129, "-g", "g/h"])
