@@ -6,8 +6,9 @@ from pathlib import Path
 
 from flows.graph import Graph, Node, Opponent
 from flows.plan import REGISTRY, graph_keys
+from flows.publish_check import judged_gates
+from flows.publish_check import published as published_nodes
 from registry.family import find, release_id
-from registry.gates import judged_members
 from registry.home import Home
 from registry.members import Family, Member, Release
 from registry.record import Recorder
@@ -34,7 +35,7 @@ def with_opponent(graph: Graph, home: Home, root: Path) -> Graph:
     family = find(home, publish.family)
     if family is None:
         return graph
-    published = [node.name for member in publish.members for node in graph.members(member)]
+    published = [node.name for node in published_nodes(graph)]
     keys = {name: key for name, key in graph_keys(graph, home, root).keys.items() if name in published}
     release = opponent_of(family, _own_release(home, [keys[name] for name in published]))
     return graph if release is None else _with_release(graph, published, keys, release)
@@ -50,24 +51,23 @@ def _own_release(home: Home, keys: Sequence[str]) -> str:
 
 
 def _with_release(graph: Graph, published: Sequence[str], keys: Mapping[str, str], release: Release) -> Graph:
-    publish = graph.loaded.recipe.publish
-    assert publish is not None
     names: dict[str, str] = {}
     shared: set[str] = set()
     champions: dict[str, Node] = {}
     compared: dict[str, list[str]] = {}
-    for index, gate in enumerate(publish.gates):
-        for judged in judged_members(gate, published) if gate.against else ():
-            member = counterpart(release, judged, is_principal=judged == published[0])
-            if member.key == keys[judged]:
-                shared.add(judged)
-                continue
-            name = CHAMPION if member is release.members[0] else f"{CHAMPION}[{member.role}]"
-            names[judged] = name
-            champions.setdefault(name, _node(name, release, member))
-            for report in graph.members(gate.step):
-                _check_fits(graph, index, report, member)
-                compared.setdefault(report.name, []).append(name)
+    for index, gate in judged_gates(graph):
+        if not gate.against or not gate.member:
+            continue
+        member = counterpart(release, gate.member, is_principal=gate.member == published[0])
+        if member.key == keys[gate.member]:
+            shared.add(gate.member)
+            continue
+        name = CHAMPION if member is release.members[0] else f"{CHAMPION}[{member.role}]"
+        names[gate.member] = name
+        champions.setdefault(name, _node(name, release, member))
+        for report in graph.members(gate.step):
+            _check_fits(graph, index, report, member)
+            compared.setdefault(report.name, []).append(name)
     nodes = {**champions}
     for node in graph.nodes.values():
         nodes[node.name] = _with_candidates(node, compared.get(node.name, ()))

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from flows.execution import Execution
-from flows.graph import Graph
+from flows.publish_check import judged_gates, published
 from registry.family import load, publish, release_id
-from registry.gates import Evidence, GateDecision, decide, terms_of
+from registry.gates import Evidence, Gate, GateDecision, decide, terms_of
 from registry.home import Home
 from registry.index import Entry, Index
 from registry.members import Release
@@ -44,9 +44,7 @@ def is_current(execution: Execution) -> Publication:
 def _still_holds(execution: Execution, release: Release) -> bool:
     """Whether a release was judged by the gates of today, and against the champion that it meets today."""
     graph, decision = execution.plan.graph, release.decision
-    wanted = graph.loaded.recipe.publish
-    assert wanted is not None
-    if decision is None or decision.terms != terms_of(wanted.gates, _published(graph)):
+    if decision is None or decision.terms != terms_of(*_terms(execution)):
         return False
     met = graph.opponent.version if graph.opponent else None
     return not decision.needs_champion or decision.against == met
@@ -75,24 +73,23 @@ def judge(
     found = {step: entries[graph.members(step)[0].name] for step in sorted({gate.step for gate in wanted.gates})}
     reports = {step: (entry.outputs[""], entry) for step, entry in found.items()}
     evidence = {step: Evidence.of(Report.of(store.open(digest))) for step, (digest, _) in reports.items()}
-    names = _published(graph)
+    gates, names = _terms(execution)
     opponent = graph.opponent
     if opponent is None:
-        return decide(wanted.gates, names, evidence), reports
-    decision = decide(wanted.gates, names, evidence, evidence, opponent.names, opponent.shared)
+        return decide(gates, names, evidence), reports
+    decision = decide(gates, names, evidence, evidence, opponent.names, opponent.shared)
     return decision.model_copy(update={"against": opponent.version}), reports
 
 
+def _terms(execution: Execution) -> tuple[list[Gate], list[str]]:
+    """Return the gates, each on one member, and the members' names."""
+    graph = execution.plan.graph
+    return [gate for _, gate in judged_gates(graph)], [node.name for node in published(graph)]
+
+
 def _members(execution: Execution, entries: dict[str, Entry]) -> list[tuple[str, str, Entry]]:
-    names = _published(execution.plan.graph)
+    names = [node.name for node in published(execution.plan.graph)]
     return [(name, entries[name].outputs[""], entries[name]) for name in names]
-
-
-def _published(graph: Graph) -> list[str]:
-    """Return the names of the published members, the principal one first."""
-    wanted = graph.loaded.recipe.publish
-    assert wanted is not None
-    return [node.name for member in wanted.members for node in graph.members(member)]
 
 
 def _is_known(home: Home, family: str) -> bool:

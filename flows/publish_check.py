@@ -3,9 +3,9 @@
 import math
 from typing import TYPE_CHECKING
 
-from flows.rounds import check_clear, written
+from flows.rounds import called, check_clear, written
 from flows.yaml_file import Place
-from registry.gates import Gate, judged_members
+from registry.gates import Gate
 from steps.artifacts import Adapter, Quantized, Report
 from steps.frame import Metric, Ref
 from steps.frame.config import name_fields_of
@@ -38,21 +38,53 @@ def check_publish(graph: "Graph") -> None:
                 raise graph.loaded.error(
                     ("publish", "members", index), f"`{member}` ({node.kind.name}) does not give a model to publish"
                 )
-    published = [node for member in publish.members for node in graph.members(member)]
-    _check_distinct(graph, published)
+    _check_distinct(graph, published(graph))
     for index, gate in enumerate(publish.gates):
         place = ("publish", "gates", index)
         report = _report(graph, place, gate)
         metric = _metric(graph, place, gate, report)
-        if gate.member is not None and not any(gate.member in (node.name, node.family) for node in published):
-            near = did_you_mean(gate.member, {name for node in published for name in (node.name, node.family)})
-            raise graph.loaded.error((*place, "member"), f"`{gate.member}` is not among the published members{near}")
-        for name in judged_members(gate, [node.name for node in published]):
-            _check_measured(graph, place, gate, report, metric, graph.nodes[name])
+        for node in _judged(graph, index, gate):
+            _check_measured(graph, place, gate, report, metric, node)
+
+
+def published(graph: "Graph") -> "list[Node]":
+    """Return the steps whose models a recipe publishes, the principal one first; none where it publishes nothing."""
+    publish = graph.loaded.recipe.publish
+    return [node for member in publish.members for node in graph.members(member)] if publish else []
+
+
+def judged_gates(graph: "Graph") -> list[tuple[int, Gate]]:
+    """Return a recipe's gates, each once for every member that it judges, by its full name, and with its index.
+
+    Raises:
+        UserError: a gate's member is not published.
+    """
+    publish = graph.loaded.recipe.publish
+    return [
+        (index, gate.model_copy(update={"member": node.name}))
+        for index, gate in enumerate(publish.gates if publish else ())
+        for node in _judged(graph, index, gate)
+    ]
+
+
+def _judged(graph: "Graph", index: int, gate: Gate) -> "list[Node]":
+    """Return the published members that a gate judges, which names them as `members` does; the first by default."""
+    members = published(graph)
+    if gate.member is None:
+        return members[:1]
+    place = ("publish", "gates", index, "member")
+    check_clear(graph.loaded, place, graph.nodes.values(), gate.member)
+    found = called(members, gate.member)
+    if not found:
+        names = {name for node in members for name in (node.family, written(graph.loaded, node), node.name)}
+        near = did_you_mean(gate.member, names)
+        raise graph.loaded.error(place, f"`{gate.member}` is not among the published members{near}")
+    return found
 
 
 def _report(graph: "Graph", place: Place, gate: Gate) -> "Node":
     """Return the report step that a gate reads."""
+    check_clear(graph.loaded, (*place, "metric"), graph.nodes.values(), gate.step)
     reports = [node for node in graph.members(gate.step) if node.outputs.get("") is Report]
     if len(reports) > 1:
         choice = " or ".join(f"`{written(graph.loaded, node)}.{gate.written_name}`" for node in reports)

@@ -25,10 +25,11 @@ class Gate(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    metric: str = Field(pattern=r"^[^.]+\.[a-z0-9_]+$")
+    metric: str = Field(pattern=r"^[^.].*\.[a-z0-9_]+$")
     """`STEP.METRIC`: a report step of the recipe and one of its metrics, e.g. `quality.answer_score`."""
     member: str | None = None
-    """Published step that is judged; a matrix step stands for each of its members. Default: the first member."""
+    """Published step that is judged, named as in `members`; a matrix step stands for each of its members. Default: the
+    first member."""
     against: Literal["champion"] | None = None
     """Compare with the family's champion, sample by sample: what the rows say of a model by itself. A distance to the
     report's reference (`kl`, `top1_agreement`) takes a bound."""
@@ -54,12 +55,12 @@ class Gate(BaseModel):
     @property
     def step(self) -> str:
         """The report step."""
-        return self.metric.partition(".")[0]
+        return self.metric.rpartition(".")[0]
 
     @property
     def written_name(self) -> str:
         """The metric's name within the report, as the recipe has it."""
-        return self.metric.partition(".")[2]
+        return self.metric.rpartition(".")[2]
 
     @property
     def name(self) -> str:
@@ -165,7 +166,7 @@ def decide(
     """Judge all gates.
 
     Args:
-        gates: the recipe's conditions; with none every candidate is promoted.
+        gates: the conditions, each on one member by its full name; with none every candidate is promoted.
         members: published steps, the principal one first.
         evidence: the new reports by step name.
         champion: reports of the champion by step name, None where the family has no champion.
@@ -179,15 +180,17 @@ def decide(
     for gate in gates:
         if gate.step not in evidence:
             raise RegistryError(f"gate `{gate.metric}`: no report step `{gate.step}`{nearest(gate.step, evidence)}")
-        for member in judged_members(gate, members):
-            theirs = None if champion is None else champion.get(gate.step, Evidence(metrics={}))
-            meets = (champion_members or {}).get(member, member)
-            if gate.against and member in shared:
-                outcomes.append(_shared(gate, member, evidence[gate.step]))
-                continue
-            if theirs is evidence[gate.step] and meets == member and gate.against:
-                raise RegistryError(f"gate `{gate.metric}`: `{member}` meets no member of the champion, only itself")
-            outcomes.append(judge(gate, member, evidence[gate.step], theirs, meets))
+        member = members[0] if gate.member is None else gate.member
+        if member not in members:
+            raise RegistryError(f"gate `{gate.metric}`: no member `{member}`{nearest(member, members)}")
+        theirs = None if champion is None else champion.get(gate.step, Evidence(metrics={}))
+        meets = (champion_members or {}).get(member, member)
+        if gate.against and member in shared:
+            outcomes.append(_shared(gate, member, evidence[gate.step]))
+            continue
+        if theirs is evidence[gate.step] and meets == member and gate.against:
+            raise RegistryError(f"gate `{gate.metric}`: `{member}` meets no member of the champion, only itself")
+        outcomes.append(judge(gate, member, evidence[gate.step], theirs, meets))
     failed = [outcome for outcome in outcomes if not outcome.passed]
     if failed:
         sentence = f"Not promoted: {failed[0].sentence}" + (f" ({len(failed)} gates fail)" if len(failed) > 1 else "")
@@ -227,20 +230,6 @@ def judge(
             sentence=f"`{member}` has no champion to be compared with in {gate.metric}: it is the first.",
         )
     return _compare(gate, member, evidence, champion, champion_name or member)
-
-
-def judged_members(gate: Gate, members: Sequence[str]) -> list[str]:
-    """Return those of the published members, the principal one first, that a gate is about.
-
-    Raises:
-        RegistryError: it names none of them.
-    """
-    if gate.member is None:
-        return list(members[:1])
-    found = [member for member in members if gate.member in (member, member.partition("[")[0])]
-    if not found:
-        raise RegistryError(f"gate `{gate.metric}`: no member `{gate.member}`{nearest(gate.member, members)}")
-    return found
 
 
 def _bounds(gate: Gate, member: str, evidence: Evidence) -> GateOutcome | None:

@@ -7,6 +7,7 @@ import pytest
 
 from flows.graph import Graph, build_graph
 from flows.plan import graph_keys
+from flows.publish_check import judged_gates
 from flows.recipe import load_recipe
 from registry.home import Home
 from steps.frame import UserError
@@ -306,3 +307,32 @@ def test_a_name_that_may_be_a_round_or_a_member_is_refused(loop: Loop) -> None:
     assert "write `tuned[ROUND,2]` or `tuned[2,MEMBER]`" in said
     assert loop(ranks, merged, (best[0], best[1].replace("tuned[2]", "tuned[3,2]")))
     assert loop(ranks, merged, (best[0], best[1].replace("tuned[2]", "tuned[8]")))
+
+
+def gated(gate: str) -> tuple[str, str]:
+    """A change of the recipe: its members by names without a round, and this gate."""
+    old = "members: [merged, gguf], gates: [{metric: quality.perplexity, at_most: 100}]"
+    return old, f"members: [merged, 'gguf[Q8_0]'], gates: [{{{gate}}}]"
+
+
+@pytest.mark.parametrize("member", ["gguf[Q8_0]", "gguf", "gguf[3,Q8_0]", "gguf[3]"])
+def test_a_gate_names_a_member_of_the_last_round_as_the_published_members_do(loop: Loop, member: str) -> None:
+    measured = ("[base, merged]", "['gguf[Q8_0]']")
+    graph = loop(measured, gated(f"metric: quality.kl, member: '{member}', at_most: 1"))
+    assert [(index, gate.member) for index, gate in judged_gates(graph)] == [(0, "gguf[3,Q8_0]")]
+
+
+def test_a_gate_on_what_is_not_published_is_refused_with_the_nearest(loop: Loop) -> None:
+    message = refusal(loop, gated("metric: quality.kl, member: 'gguf[F16]', at_most: 1"))
+    assert "publish.gates.0.member: `gguf[F16]` is not among the published members" in message
+    message = refusal(loop, gated("metric: quality.kl, member: 'gguf[2,Q8_0]', at_most: 1"))
+    assert "`gguf[2,Q8_0]` is not among the published members; did you mean `gguf[3,Q8_0]`?" in message
+
+
+def test_a_gate_names_one_report_of_a_matrix_of_fractions(loop: Loop) -> None:
+    scores = "  at: {uses: evaluate.tasks, candidates: [merged], data: data.eval, matrix: {temperature: [0.5, 1.0]}}\n"
+    old, gate = gated("metric: 'at[0.5].accuracy', at_least: 0.1")
+    assert judged_gates(loop(("publish:", f"{scores}publish:"), (old, gate)))[0][1].step == "at[0.5]"
+    old, gate = gated("metric: at.accuracy, at_least: 0.1")
+    message = refusal(loop, ("publish:", f"{scores}publish:"), (old, gate))
+    assert "name one: `at[0.5].accuracy` or `at[1.0].accuracy`" in message

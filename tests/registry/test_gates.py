@@ -117,10 +117,11 @@ def test_the_first_candidate_passes_and_says_so() -> None:
     assert "it is the first" in decision.sentence
 
 
-def test_bounds_apply_to_every_member_of_a_matrix() -> None:
+def test_a_bound_is_judged_for_each_member_that_a_gate_names() -> None:
     report = Evidence(metrics={"gguf[Q4_K_M]/kl": 0.04, "gguf[Q8_0]/kl": 0.001, "merged/answer_score": 0.4})
     gates = [
-        Gate(metric="quality.kl_to_reference", member="gguf", at_most=0.02),
+        Gate(metric="quality.kl_to_reference", member="gguf[Q4_K_M]", at_most=0.02),
+        Gate(metric="quality.kl_to_reference", member="gguf[Q8_0]", at_most=0.02),
         Gate(metric="quality.answer_score", at_least=0.3),
     ]
     decision = decide(gates, ["merged", "gguf[Q4_K_M]", "gguf[Q8_0]"], {"quality": report})
@@ -134,7 +135,7 @@ def test_bounds_apply_to_every_member_of_a_matrix() -> None:
         "Not promoted: quality.kl_to_reference of `gguf[Q4_K_M]` is 0.04, it must be at most 0.02."
     )
     broken = Evidence(metrics={"merged/answer_score": math.nan})
-    assert not decide(gates[1:], ["merged"], {"quality": broken}).promote
+    assert not decide(gates[2:], ["merged"], {"quality": broken}).promote
 
 
 def test_no_gates_promote() -> None:
