@@ -1,5 +1,6 @@
 """The publication: a recipe's members registered as one release, promoted where its gates hold."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flows.execution import Execution
@@ -32,19 +33,25 @@ def is_current(execution: Execution) -> Publication:
     wanted = execution.plan.graph.loaded.recipe.publish
     if wanted is None:
         return Publication("The recipe publishes nothing.", nothing=True)
-    members = [step.entry for step in execution.plan.steps.values() if step.entry]
-    if len(members) < len(execution.plan.steps) or not _is_known(execution.home, wanted.family):
+    entries = {name: step.entry for name, step in execution.plan.steps.items() if step.entry}
+    if len(entries) < len(execution.plan.steps) or not _is_known(execution.home, wanted.family):
         return Publication("")
-    release = release_id([digest for _, digest, _ in _members(execution, {e.step: e for e in members})])
+    release = release_id([digest for _, digest, _ in _members(execution, entries)])
     family = load(execution.home, wanted.family)
     found = next((each for each in family.releases if each.id == release), None)
-    return Publication(_sentence(found), found) if found and _still_holds(execution, found) else Publication("")
+    if found is None or not _still_holds(execution, entries, found):
+        return Publication("")
+    return Publication(_sentence(found), found)
 
 
-def _still_holds(execution: Execution, release: Release) -> bool:
-    """Whether a release was judged by the gates of today, and against the champion that it meets today."""
+def _still_holds(execution: Execution, entries: Mapping[str, Entry], release: Release) -> bool:
+    """Whether a release was judged by the gates and the reports of today, and against the champion that it meets today.
+
+    What is told to be unchanged may have been measured anew: on more rows, or by a better report.
+    """
     graph, decision = execution.plan.graph, release.decision
-    if decision is None or decision.terms != terms_of(*_terms(execution)):
+    reports = {step: digest for step, (digest, _) in _reports(execution, entries).items()}
+    if decision is None or decision.terms != terms_of(*_gates(execution), reports):
         return False
     met = graph.opponent.version if graph.opponent else None
     return not decision.needs_champion or decision.against == met
@@ -63,17 +70,13 @@ def publish_release(execution: Execution) -> Publication:
 
 
 def judge(
-    execution: Execution, entries: dict[str, Entry]
+    execution: Execution, entries: Mapping[str, Entry]
 ) -> tuple[GateDecision, dict[str, tuple[str, Entry]]]:  # fmt: skip
     """Judge the recipe's gates; return the decision and the reports it rests on."""
-    graph = execution.plan.graph
-    wanted = graph.loaded.recipe.publish
-    assert wanted is not None
-    store = execution.home.store
-    found = {step: entries[graph.members(step)[0].name] for step in sorted({gate.step for gate in wanted.gates})}
-    reports = {step: (entry.outputs[""], entry) for step, entry in found.items()}
+    graph, store = execution.plan.graph, execution.home.store
+    reports = _reports(execution, entries)
     evidence = {step: Evidence.of(Report.of(store.open(digest))) for step, (digest, _) in reports.items()}
-    gates, names = _terms(execution)
+    gates, names = _gates(execution)
     opponent = graph.opponent
     if opponent is None:
         return decide(gates, names, evidence), reports
@@ -81,13 +84,21 @@ def judge(
     return decision.model_copy(update={"against": opponent.version}), reports
 
 
-def _terms(execution: Execution) -> tuple[list[Gate], list[str]]:
+def _reports(execution: Execution, entries: Mapping[str, Entry]) -> dict[str, tuple[str, Entry]]:
+    """Return the digest and the entry of every report that a gate reads, by its step as the gate has it."""
+    graph = execution.plan.graph
+    steps = sorted({gate.step for gate in _gates(execution)[0]})
+    found = {step: entries[graph.members(step)[0].name] for step in steps}
+    return {step: (entry.outputs[""], entry) for step, entry in found.items()}
+
+
+def _gates(execution: Execution) -> tuple[list[Gate], list[str]]:
     """Return the gates, each on one member, and the members' names."""
     graph = execution.plan.graph
     return [gate for _, gate in judged_gates(graph)], [node.name for node in published(graph)]
 
 
-def _members(execution: Execution, entries: dict[str, Entry]) -> list[tuple[str, str, Entry]]:
+def _members(execution: Execution, entries: Mapping[str, Entry]) -> list[tuple[str, str, Entry]]:
     names = [node.name for node in published(execution.plan.graph)]
     return [(name, entries[name].outputs[""], entries[name]) for name in names]
 

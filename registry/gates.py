@@ -76,6 +76,8 @@ class Evidence(BaseModel):
 
     metrics: Mapping[str, float]
     rows: Mapping[str, tuple[dict[str, Any], ...]] = {}
+    digest: str = ""
+    """Of the report."""
 
     @classmethod
     def of(cls, report: Report) -> Self:
@@ -86,7 +88,8 @@ class Evidence(BaseModel):
                 # Prompts and answers are not judged; a large report would fill the memory with them.
                 kept = {name: row.get(name) for name in ("sample", "score", "nll", "tokens")}
                 rows.setdefault(row["candidate"], []).append(kept)
-        return cls(metrics=report.facts.metrics, rows={name: tuple(each) for name, each in rows.items()})
+        by_candidate = {name: tuple(each) for name, each in rows.items()}
+        return cls(metrics=report.facts.metrics, rows=by_candidate, digest=report.digest)
 
 
 class GateOutcome(BaseModel):
@@ -122,7 +125,7 @@ class GateDecision(BaseModel):
     against: int | None = None
     """Version of the champion that the candidate met; None where there was none to meet."""
     terms: str = ""
-    """Digest of the gates and of the members' names in order: what it was decided by, see `terms_of`."""
+    """Digest of the gates, the members' names in order and the reports: what it was decided by, see `terms_of`."""
 
     @property
     def needs_champion(self) -> bool:
@@ -149,9 +152,16 @@ STATISTICS = {
 """By metric: what a paired test can compare two models by."""
 
 
-def terms_of(gates: Sequence[Gate], members: Sequence[str]) -> str:
-    """Return a digest of what a decision is made by: the gates, and the published members in order."""
-    terms = {"gates": [gate.model_dump(mode="json") for gate in gates], "members": list(members)}
+def terms_of(gates: Sequence[Gate], members: Sequence[str], reports: Mapping[str, str]) -> str:
+    """Return a digest of what a decision is made by: the gates, the published members in order, and the reports.
+
+    Args:
+        gates: as for `decide`.
+        members: as for `decide`.
+        reports: digest of the report that a gate reads, by its step.
+    """
+    terms: dict[str, Any] = {"gates": [gate.model_dump(mode="json") for gate in gates], "members": list(members)}
+    terms["reports"] = dict(reports)
     return hashlib.sha256(json.dumps(terms, sort_keys=True).encode()).hexdigest()
 
 
@@ -198,7 +208,7 @@ def decide(
         sentence = f"Promoted: {_count(len(outcomes))} held. {outcomes[0].sentence}"
     else:
         sentence = "Promoted: the recipe declares no gates."
-    terms = terms_of(gates, members)
+    terms = terms_of(gates, members, {step: each.digest for step, each in evidence.items()})
     return GateDecision(promote=not failed, outcomes=tuple(outcomes), sentence=sentence, terms=terms)
 
 

@@ -11,6 +11,7 @@ from flows.execution import Execution
 from flows.plan import PlannedStep
 from flows.prepare import plan_recipe
 from flows.publication import Publication, is_current, publish_release
+from registry import family as family_module
 from registry.family import load, promote, rollback
 from registry.home import Home
 from registry.members import Release
@@ -26,7 +27,7 @@ steps:
   data: {uses: data.prepare, source: rows.jsonl, near_dedup: null, eval_fraction: 0.2}
   sft: {uses: train.sft, model: base, data: data.train, adapter: {kind: full}, max_steps: 2}
   gguf: {uses: quantize.gguf, model: sft, matrix: {scheme: [SCHEMES]}}
-  quality: {uses: evaluate.compare, reference: sft, candidates: [base, gguf], data: data.eval}
+  quality: {uses: evaluate.compare, reference: sft, candidates: [base, gguf], data: data.eval, rows: ROWS}
 publish:
   family: nights
   members: [MEMBERS]
@@ -44,6 +45,10 @@ class Nights:
         self.home = home
         self.folder = folder
         self.workshop = Workshop(home)
+        self.rows = 12
+        """How many rows the comparison asks for."""
+        self.perplexity = 914.5
+        """What it finds."""
 
     def __call__(
         self, gates: str = BOUND, members: str = "sft, gguf", seed: int = 1, schemes: str = "Q8_0", **nll: float
@@ -63,7 +68,7 @@ class Nights:
         return False, release
 
     def recipe(self, gates: str, members: str, seed: int, schemes: str) -> Path:
-        text = RECIPE.replace("SEED", str(seed)).replace("SCHEMES", schemes)
+        text = RECIPE.replace("SEED", str(seed)).replace("SCHEMES", schemes).replace("ROWS", str(self.rows))
         path = self.folder / "nights.yaml"
         path.write_text(text.replace("MEMBERS", members).replace("GATES", gates), encoding="utf-8")
         return path
@@ -92,7 +97,7 @@ class Nights:
                 for name in names
                 for n in range(12)
             ]
-            facts = ReportFacts(metrics={f"{name}/perplexity": 914.5 for name in names}).as_plain()
+            facts = ReportFacts(metrics={f"{name}/perplexity": self.perplexity for name in names}).as_plain()
             files = {"rows.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode()}
         return [
             self.workshop.make(each, files, facts, step=step.node.kind.name, output=output, key=step.key)
@@ -145,6 +150,48 @@ def test_changed_gates_are_judged_again(nights: Nights) -> None:
     assert "It stays champion, though it would not become it now" in said(stays)
     assert "it must be at most 0.1" in said(stays)
     assert nights.champion == refused.version
+
+
+@pytest.mark.parametrize(("gate", "worse"), [(BOUND, 1.0), (NOT_WORSE, 2.0)], ids=["bound", "against the champion"])
+def test_a_new_report_on_published_members_is_judged(nights: Nights, gate: str, worse: float) -> None:
+    nights(gate, seed=1)
+    _, promoted = nights(gate, seed=2)
+    assert nights.champion == promoted.version
+    nights.rows, nights.perplexity = 13, 2000.0
+    was_current, again = nights(gate, seed=2, sft=worse)
+    assert (was_current, again.id) == (False, promoted.id)
+    assert "It stays champion, though it would not become it now" in said(again)
+    assert again.reports != promoted.reports
+    nights.rows, nights.perplexity = 12, 914.5
+    was_current, back = nights(gate, seed=2)
+    assert not was_current
+    assert said(back) == said(promoted)
+
+
+def test_a_new_report_lifts_what_the_old_one_held_back(nights: Nights) -> None:
+    nights.perplexity = 2000.0
+    _, refused = nights(BOUND)
+    assert nights.champion is None
+    nights.rows, nights.perplexity = 13, 5.0
+    _, promoted = nights(BOUND)
+    assert promoted.id == refused.id
+    assert nights.champion == promoted.version
+
+
+def test_a_judgement_that_was_killed_half_way_is_made_again(nights: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
+    nights(BOUND)
+    nights.rows, nights.perplexity = 13, 2000.0
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(family_module, "_settle", killed)
+        nights(BOUND)
+    was_current, again = nights(BOUND)
+    assert not was_current
+    assert "it would not become it now" in said(again)
+
+
+def killed(*_: object) -> None:
+    """The process ends between two words of it."""
+    raise KeyboardInterrupt
 
 
 def test_one_that_is_promoted_by_hand_is_so_until_the_gates_change(nights: Nights) -> None:

@@ -186,7 +186,7 @@ def test_evidence_is_read_from_a_report(workshop: Workshop) -> None:
     lines = [{**row, "prompt": ["long"]} for row in rows("merged", count=2).rows["merged"]]
     report = workshop.report({"merged/kl": 0.5}, "".join(json.dumps(line) + "\n" for line in lines))
     evidence = Evidence.of(report)
-    assert evidence.metrics == {"merged/kl": 0.5}
+    assert (evidence.metrics, evidence.digest) == ({"merged/kl": 0.5}, report.digest)
     assert [row["sample"] for row in evidence.rows["merged"]] == ["s0", "s1"]
     assert "prompt" not in evidence.rows["merged"][0]
 
@@ -219,12 +219,14 @@ def test_a_member_that_the_champion_has_too_is_equal_and_only_a_bound_can_fail()
     assert "it must be at least 0.5" in decide([bounded], ["merged"], evidence, evidence, {}, {"merged"}).sentence
 
 
-def test_a_decision_remembers_by_which_gates_and_members_it_was_made() -> None:
-    evidence = {"quality": rows("merged")}
+def test_a_decision_remembers_by_which_gates_members_and_reports_it_was_made() -> None:
+    evidence = {"quality": rows("merged").model_copy(update={"digest": "ab12"})}
     made = decide([SCORE], ["merged", "gguf"], evidence)
-    assert made.terms == terms_of([SCORE], ["merged", "gguf"])
-    assert made.terms != terms_of([SCORE.model_copy(update={"no_worse_by": 0.02})], ["merged", "gguf"])
-    assert made.terms != terms_of([SCORE], ["gguf", "merged"])
+    reports = {"quality": "ab12"}
+    assert made.terms == terms_of([SCORE], ["merged", "gguf"], reports)
+    assert made.terms != terms_of([SCORE.model_copy(update={"no_worse_by": 0.02})], ["merged", "gguf"], reports)
+    assert made.terms != terms_of([SCORE], ["gguf", "merged"], reports)
+    assert made.terms != terms_of([SCORE], ["merged", "gguf"], {"quality": "cd34"})
 
 
 @pytest.mark.parametrize("metric", ["kl", "top1_agreement"])
