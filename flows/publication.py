@@ -9,7 +9,7 @@ from registry.family import load, publish, release_id
 from registry.gates import Evidence, Gate, GateDecision, decide, terms_of
 from registry.home import Home
 from registry.index import Entry, Index
-from registry.members import Release
+from registry.members import Family, Release
 from steps.artifacts import Report
 
 
@@ -41,7 +41,7 @@ def is_current(execution: Execution) -> Publication:
     found = next((each for each in family.releases if each.id == release), None)
     if found is None or not _still_holds(execution, entries, found):
         return Publication("")
-    return Publication(_sentence(found), found)
+    return Publication(_sentence(family, found), found)
 
 
 def _still_holds(execution: Execution, entries: Mapping[str, Entry], release: Release) -> bool:
@@ -66,7 +66,7 @@ def publish_release(execution: Execution) -> Publication:
     members = _members(execution, entries)
     decision, reports = judge(execution, entries)
     release = publish(execution.record, wanted.family, members, decision, reports)
-    return Publication(_sentence(release), release)
+    return Publication(_sentence(load(execution.home, wanted.family), release), release)
 
 
 def judge(
@@ -107,7 +107,6 @@ def _is_known(home: Home, family: str) -> bool:
     return not home.embedded or family in Index(home.index).families()
 
 
-def _sentence(release: Release) -> str:
-    aliases = ", ".join(release.aliases) or "no alias"
-    said = f" {release.decision.sentence}" if release.decision else ""
-    return f"Family {release.family}, version {release.version} ({aliases}), {len(release.members)} members.{said}"
+def _sentence(family: Family, release: Release) -> str:
+    aliases, said = ", ".join(release.aliases) or "no alias", family.told(release)
+    return f"Family {release.family}, version {release.version} ({aliases}), {len(release.members)} members. {said}"

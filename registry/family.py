@@ -278,17 +278,14 @@ def _index(home: Home) -> Index:
 
 def _effective(state: Family, version: int, decision: GateDecision) -> GateDecision:
     """Return the decision, unless the release was rolled back before, or was judged against another champion."""
-    rolled_back, champion = state.release(str(version)).rolled_back, state.aliases.get("champion")
+    taken_back, champion = state.release(str(version)).taken_back, state.aliases.get("champion")
     if not decision.promote and champion == version:
         why = decision.sentence.removeprefix("Not promoted: ")
         return decision.model_copy(update={"sentence": f"It stays champion, though it would not become it now: {why}"})
     if not decision.promote:
         return decision
-    if rolled_back:
-        said = json.loads(rolled_back)
-        because = f" ({said['reason']})" if said["reason"] else ""
-        by_hand = f"`posttrain promote {state.name} {version}`"
-        why = f"this release was rolled back at {said['at']}{because}; if it is right, {by_hand} makes it champion"
+    if taken_back:
+        why = f"this release was {taken_back}"
     elif decision.needs_champion and champion not in (decision.against, version):
         met = f"version {decision.against}" if decision.against else "no champion"
         why = f"it met {met}, and version {champion} is champion now; the next run judges it against that"

@@ -1,5 +1,6 @@
 """Members of a family: one model in one format, named by the field's conventions."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -73,6 +74,16 @@ class Release(BaseModel):
     """When and why it was taken back, as JSON; empty where it was not."""
     created_at: datetime
 
+    @property
+    def taken_back(self) -> str:
+        """When and why it was rolled back, and how it is promoted all the same; empty where it was not."""
+        if not self.rolled_back:
+            return ""
+        said = json.loads(self.rolled_back)
+        because = f" ({said['reason']})" if said["reason"] else ""
+        by_hand = f"`posttrain promote {self.family} {self.version}`"
+        return f"rolled back at {said['at']}{because}; if it is right, {by_hand} makes it champion"
+
     def member(self, format: str | None) -> Member:
         """Return the member in a format (`gguf:Q4_K_M`, `gptq-int4`, `hf`), the principal one for None.
 
@@ -108,6 +119,18 @@ class Family(BaseModel):
     """Versions through which rollbacks lead, the champion last."""
     move: int = 0
     """Number of the last move of its champion, see `registry.champions`."""
+
+    def told(self, release: Release) -> str:
+        """Say what was decided of a release, and first what became of that: who promoted it may not stand any more."""
+        if release.decision is None:
+            return "No decision."
+        said, champion = release.decision.sentence, self.aliases.get("champion")
+        if champion == release.version or said.startswith("Not promoted"):
+            return said
+        if release.rolled_back:
+            return f"It was {release.taken_back}. Before that: {said}"
+        since = f"Version {champion} is champion now" if champion else "It is not champion any more"
+        return f"{since}. Earlier: {said}"
 
     def release(self, reference: str) -> Release:
         """Return the release of an alias (`champion`), of a version number, or of an id's first 8 or more digits.

@@ -67,8 +67,7 @@ def family_table(family: Family) -> Table:
                 member.digest[:12],
                 ", ".join(release.aliases) if member.version == release.version else "",
             )
-        said = release.decision.sentence if release.decision else "no decision"
-        table.add_row("", Text(said, style="dim", overflow="fold"), "", "", "", "", end_section=True)
+        table.add_row("", Text(family.told(release), style="dim", overflow="fold"), "", "", "", "", end_section=True)
     return table
 
 

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from flows.cli.tables import family_table
 from flows.execution import Execution
 from flows.plan import PlannedStep
 from flows.prepare import plan_recipe
@@ -66,6 +69,10 @@ class Nights:
         execution.close(ok=True)
         assert is_current(self.plan(recipe)), "the night after has nothing to do"
         return False, release
+
+    def sentence(self, seed: int) -> str:
+        """What a night says that has nothing to do."""
+        return is_current(self.plan(self.recipe(BOUND, "sft, gguf", seed, "Q8_0"))).sentence
 
     def recipe(self, gates: str, members: str, seed: int, schemes: str) -> Path:
         text = RECIPE.replace("SEED", str(seed)).replace("SCHEMES", schemes).replace("ROWS", str(self.rows))
@@ -258,3 +265,21 @@ def test_what_was_rolled_back_says_how_it_is_promoted_all_the_same(nights: Night
     rollback(nights.workshop.recorder, "nights", "it flatters")
     _, again = nights(BOUND.replace("1000", "2000"), seed=2)
     assert f"(it flatters); if it is right, `posttrain promote nights {two.version}` makes it champion" in said(again)
+
+
+def test_a_night_without_work_says_that_its_release_was_rolled_back_or_is_champion_no_more(nights: Nights) -> None:
+    _, one = nights()
+    _, two = nights(seed=2)
+    assert f"({', '.join(two.aliases)}), 2 members. Promoted: the one gate held." in nights.sentence(seed=2)
+    superseded = f"Version {two.version} is champion now. Earlier: Promoted"
+    assert f"version {one.version} (previous), 2 members. {superseded}" in nights.sentence(seed=1)
+    rollback(nights.workshop.recorder, "nights", "it flatters")
+    sentence = nights.sentence(seed=2)
+    assert "(candidate), 2 members. It was rolled back at 20" in sentence
+    by_hand = f"`posttrain promote nights {two.version}` makes it champion"
+    assert f"(it flatters); if it is right, {by_hand}. Before that: Promoted" in sentence
+    shown = Console(width=400, record=True, file=StringIO())
+    shown.print(family_table(load(nights.home, "nights")))
+    assert "It was rolled back at 20" in shown.export_text()
+    promote(nights.workshop.recorder, "nights", str(two.version), "it does not")
+    assert "2 members. Promoted by hand: it does not." in nights.sentence(seed=2)
