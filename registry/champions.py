@@ -7,7 +7,8 @@ counts for nothing: whoever made it reads anew and decides again. The aliases `c
 where a killed process left them behind, the log is right.
 
 A rollback leads back along a line: a promotion adds to its end, also one of a release that stood further back, and a
-rollback takes the last away. Versions that somebody deleted in MLflow are passed over.
+rollback takes the last away. Versions that somebody deleted in MLflow are passed over. A deleted move is as if it had
+never been made, but for those that lost to it: they stay lost, because the family remembers which moves counted.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
 SUFFIX = ".champions"
 _TAG = "posttrain.move."
+_COUNTED = "posttrain.moves"
+"""Tag of the family with the numbers of the moves that counted."""
+_REMEMBERED = 400
+"""How many of them it holds, the last; MLflow takes 5000 characters."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Standing:
     line: tuple[int, ...] = ()
     """Versions that became champion, each once, and were neither taken back nor deleted; the last is champion."""
     move: int = 0
-    """Number of the last move that counts; 0 before the first."""
+    """Number of the last move that counted, even if it has been deleted since; 0 before the first."""
 
     @property
     def champion(self) -> int | None:
@@ -58,17 +63,30 @@ def replay(
     aliases = {name: int(version) for name, version in registered.aliases.items()}
     line = _moved([], aliases["champion"], aliases.get("previous"), there) if "champion" in aliases else []
     found = [Standing(_counting(line, there))]
-    for version in sorted(moves, key=lambda each: int(each.version)):
-        told = {name.removeprefix(_TAG): value for name, value in version.tags.items() if name.startswith(_TAG)}
-        # Moves of a family of the same name that somebody has deleted are not this one's.
-        if told.get("born") != str(registered.creation_timestamp):
-            continue
-        # One that was decided after a move that somebody has deleted counts, too.
-        if int(told["after"]) >= found[-1].move:
-            previous = int(told["previous"]) if told["previous"] else None
-            line = _moved(line, int(told["champion"]), previous, there)
-            found.append(Standing(_counting(line, there), int(version.version)))
+    # Moves of a family of the same name that somebody has deleted are not this one's.
+    born = str(registered.creation_timestamp)
+    log = {int(move.version): move.tags for move in moves if move.tags.get(f"{_TAG}born") == born}
+    counted = _known_to_count(registered, log)
+    for number, tags in sorted(log.items()):
+        after, previous = int(tags[f"{_TAG}after"]), tags[f"{_TAG}previous"]
+        # Also one that was decided after a move that somebody has deleted counts, and none that lost to such a move.
+        if after >= max([found[-1].move, *(each for each in counted if each < number)]):
+            line = _moved(line, int(tags[f"{_TAG}champion"]), int(previous) if previous else None, there)
+            found.append(Standing(_counting(line, there), number))
+    if (last := max(counted, default=0)) > found[-1].move:
+        found.append(Standing(found[-1].line, last))
     return found
+
+
+def _known_to_count(registered: "RegisteredModel", log: Mapping[int, Mapping[str, str]]) -> set[int]:
+    """Return moves that are known to have counted, deleted ones among them: others came after them, or it is noted.
+
+    A log that is empty was deleted as a whole: its numbers begin anew.
+    """
+    if not log:
+        return set()
+    noted = map(int, registered.tags.get(_COUNTED, "").split())
+    return {*noted, *(int(tags[f"{_TAG}after"]) for tags in log.values())} - {0}
 
 
 def _moved(line: list[int], champion: int, previous: int | None, there: Mapping[int, Mapping[str, str]]) -> list[int]:
@@ -124,6 +142,9 @@ class Champions:
             from mlflow.exceptions import MlflowException
 
         self._create()
+        if seen.move == 0:
+            # No move is known, so what is noted is of a log that somebody has deleted.
+            self._client.delete_registered_model_tag(self.family, _COUNTED)
         born = self._client.get_registered_model(self.family).creation_timestamp
         told = {"born": born, "after": seen.move, "champion": champion, "previous": previous or ""}
         tags = {f"{_TAG}{name}": str(value) for name, value in told.items()}
@@ -148,6 +169,7 @@ class Champions:
             registered = self._client.get_registered_model(self.family)
             versions = filter(is_ours, versions_of(self._tracking, self.family))
             found = replay(registered, versions, versions_of(self._tracking, self.name))
+            self._note(registered, found)
             moved = [
                 self._point(registered, "previous", found[-1].previous),
                 self._point(registered, "champion", found[-1].champion),
@@ -155,6 +177,14 @@ class Champions:
             # Another may have moved, and pointed, in between: look until there is nothing to do.
             if not any(moved):
                 return found
+
+    def _note(self, registered: "RegisteredModel", found: Iterable[Standing]) -> None:
+        """Note which moves counted: once one is deleted, nothing else says that others lost to it."""
+        told = registered.tags.get(_COUNTED, "")
+        counted = {*map(int, told.split()), *(standing.move for standing in found if standing.move)}
+        kept = " ".join(map(str, sorted(counted)[-_REMEMBERED:]))
+        if kept != told:
+            self._client.set_registered_model_tag(self.family, _COUNTED, kept)
 
     def _point(self, registered: "RegisteredModel", alias: str, version: int | None) -> bool:
         """Point an alias to a version, or to none; returns whether it stood elsewhere."""

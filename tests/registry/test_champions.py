@@ -2,9 +2,11 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 
+from registry.champions import Champions, Standing
 from registry.errors import RegistryError
 from registry.family import load, promote, publish, resolve, rollback
 from registry.gates import GateDecision
@@ -111,3 +113,49 @@ def test_a_rollback_that_was_killed_before_the_mirror_is_completed(
         assert back(workshop) == two, "the one that was asked for, no further"
         assert aliases(workshop) == {"champion": two, "previous": one}
     assert back(workshop) == one
+
+
+def moves(workshop: Workshop) -> tuple[Champions, Standing, dict[int, str]]:
+    """The log of moves, how it stands, and the models of the releases."""
+    state = Registrar(workshop.recorder, "pico").state()
+    models = {release.version: release.members[0].model_id for release in state.releases}
+    return Champions(workshop.recorder.tracking, "pico"), Standing(state.champions, state.move), models
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["it knows", "it was killed before it knew"])
+@pytest.mark.parametrize("later", [False, True], ids=["the last", "followed by another"])
+def test_a_move_that_lost_stays_lost_when_what_it_lost_to_is_deleted(
+    workshop: Workshop, night: Publishes, monkeypatch: pytest.MonkeyPatch, killed: bool, later: bool
+) -> None:
+    one, two, three = (night(seed).version for seed in (b"one", b"two", b"three"))
+    log, seen, models = moves(workshop)
+    assert log.move(seen, one, None, models[one], "It wins.")
+    with monkeypatch.context() as patch, nullcontext() if not killed else pytest.raises(KeyboardInterrupt):
+        if killed:
+            patch.setattr(Champions, "follow", interrupted)
+        assert not log.move(seen, two, one, models[two], "It was decided before the other was known.")
+    won = seen.move + 1
+    if later:
+        assert log.move(moves(workshop)[1], three, one, models[three], "After the one that won.")
+    workshop.recorder.tracking.client.delete_model_version("pico.champions", str(won))
+    assert log.follow()[-1].champion == three
+    assert promote(workshop.recorder, "pico", str(two), "now it is").version == two, "the log goes on"
+    assert back(workshop) == three
+    shutil.rmtree(workshop.home.index)
+    assert aliases(workshop)["champion"] == three
+
+
+def test_a_log_that_was_deleted_begins_anew(workshop: Workshop, night: Publishes) -> None:
+    one, two, three = (night(seed).version for seed in (b"one", b"two", b"three"))
+    workshop.recorder.tracking.client.delete_registered_model("pico.champions")
+    assert back(workshop) == two
+    log, seen, models = moves(workshop)
+    assert seen.move == 1
+    assert log.move(seen, three, two, models[three], "It wins.")
+    assert not log.move(seen, one, None, models[one], "It was decided before the other was known.")
+    assert (log.follow()[-1].champion, log.follow()[-1].previous) == (three, two)
+
+
+def interrupted(*_: object) -> None:
+    """The process ends here."""
+    raise KeyboardInterrupt
