@@ -126,8 +126,8 @@ def override(content: dict[str, Any], text: str, known: Collection[str]) -> None
         raise UserError(f"--set {text}: write path=value, e.g. --set steps.sft.epochs=2")
     try:
         value = read_value(value_text, Path(f"--set {path}"))
-    except (yaml.YAMLError, ValueError, RecursionError):
-        # Also a date that is none, a number that is too long, brackets without end.
+    except (yaml.YAMLError, UnicodeError, RecursionError):
+        # Also brackets without end, and bytes that are no text in the shell's encoding.
         raise UserError(f"--set {text:.200}: the value is not valid YAML") from None
     *parents, last = path.split(".")
     current: Any = content

@@ -10,11 +10,32 @@ import yaml
 from steps.frame import UserError
 
 Place = tuple[str | int, ...]
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _LARGEST = 1 << 20
 """Bytes of a file."""
 _MOST_VALUES = 20_000
 """Keys and values of a file with its aliases written out."""
+_Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Loader(_Base):
+    """Reads YAML; a value that is none of its kind is an error with a line, whatever PyYAML makes of it."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Return a node's value.
+
+        Raises:
+            YAMLError: it has none. PyYAML's own functions take the text for one of its kind, which an explicit tag
+                (`!!int ''`) or a day that no month has (`2026-02-31`) is not.
+        """
+        try:
+            return super().construct_object(node, deep)
+        except (yaml.YAMLError, RecursionError):
+            raise
+        except Exception as error:
+            kind = node.tag.rpartition(":")[2]
+            why = f" ({error})" if isinstance(error, ValueError) else ""
+            said = f"{str(node.value)[:60]!r} is no {kind}{why}; in quotes, without a tag, it is a text"
+            raise yaml.constructor.ConstructorError(None, None, said, node.start_mark) from None
 
 
 @dataclass(frozen=True)
@@ -47,9 +68,6 @@ class YamlFile:
             raise UserError(f"{path}: not valid YAML: {error.reason}, character {error.position}") from None
         except RecursionError:
             raise UserError(f"{path}: its values are nested too deep") from None
-        except ValueError as error:
-            # A date that is none, a number that is too long.
-            raise UserError(f"{path}: not valid YAML: {error}; put the value in quotes") from None
         if not isinstance(content, dict):
             raise UserError(f"{path}: a recipe is a mapping with `name:` and `steps:` at its top")
         return cls(path, content, lines)
@@ -77,11 +95,11 @@ def read_value(text: str, place: Path) -> Any:
 
     Raises:
         UserError: it grows beyond measure.
-        YAMLError, ValueError, RecursionError: it is no YAML.
+        YAMLError, RecursionError: it is no YAML.
     """
-    if node := yaml.compose(text, Loader=yaml.SafeLoader):
+    if node := yaml.compose(text, Loader=_Loader):
         _expanded(node, place, {})
-    return yaml.safe_load(text)
+    return yaml.load(text, Loader=_Loader)
 
 
 def _text(path: Path) -> str:
