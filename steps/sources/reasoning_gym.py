@@ -157,7 +157,7 @@ def parse(uri: str) -> Gym:
         if key not in types:
             raise UserError(f"{uri}: {name} has no key `{key}`{did_you_mean(key, types)}")
         seen.add(key)
-        config[key] = _value(unquote(text), types[key], f"{uri}: `{key}`")
+        config[key] = _declared(unquote(text), types[key], f"{uri}: `{key}`")
     if config["seed"] is None:
         raise UserError(f"{uri}: `seed` must be a number, so that the tasks are the same every time")
     return Gym(name, config)
@@ -219,6 +219,21 @@ def _answer(entry: Mapping[str, Any], uri: str) -> str:
     if answer is None:
         raise UserError(f"{uri}: this data set gives no reference answers, so its tasks cannot be rows; choose another")
     return answer if isinstance(answer, str) else json.dumps(plain(answer))
+
+
+def _declared(text: str, declared_type: str, place: str) -> Any:
+    """Read a value as its declared type asks.
+
+    Raises:
+        UserError: it is of another type.
+    """
+    try:
+        return _value(text, declared_type, place)
+    except UserError:
+        raise
+    # PyYAML's errors are of any class: a list that does not end, `2026-13-45`, `!!int ''`.
+    except Exception:
+        raise UserError(f"{place} takes a value of type {declared_type}, not `{text}`") from None
 
 
 def _value(text: str, declared_type: str, place: str) -> Any:
