@@ -131,7 +131,7 @@ def _draft_nodes(loaded: LoadedRecipe) -> dict[str, Node]:
             kind = load_kind(step.entry.uses)
         except UserError as error:
             raise loaded.error((*step.place, "uses"), str(error)) from None
-        for member, values in _matrix(step.entry):
+        for member, values in step.entry.combinations:
             node = _draft(loaded, step, kind, member, values)
             nodes[node.name] = node
     return nodes
@@ -146,10 +146,9 @@ def _draft(loaded: LoadedRecipe, step: Occurrence, kind: StepKind, member: str, 
     for edge in kind.edges.values():
         if edge.many and isinstance(given.get(edge.field), str):
             given[edge.field] = [given[edge.field]]
-    try:
-        config = kind.config.model_validate(given)
-    except ValidationError as error:
-        raise validation_error(error, loaded.file, step.place, kind.config, given) from None
+        if given.get(edge.field) == [] and not edge.optional:
+            raise loaded.error((*step.place, edge.field), "an empty list; name the steps that make what is wanted here")
+    config = _config(loaded, kind, step.place, given)
     resources = step.entry.resources or kind.resources
     try:
         config.check_resources(resources)
@@ -168,6 +167,14 @@ def _draft(loaded: LoadedRecipe, step: Occurrence, kind: StepKind, member: str, 
     )
 
 
+def _config(loaded: LoadedRecipe, kind: StepKind, place: tuple[str, ...], given: Mapping[str, Any]) -> StepConfig:
+    """Check a step's settings."""
+    try:
+        return kind.config.model_validate(given)
+    except ValidationError as error:
+        raise validation_error(error, loaded.file, place, kind.config, given) from None
+
+
 def _with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config with a matrix member's values; a key may lead into a setting: `adapter.rank`."""
     given = dict(config)
@@ -182,12 +189,6 @@ def _with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[s
     return given
 
 
-def _matrix(entry: StepEntry) -> list[tuple[str, dict[str, Any]]]:
-    """Return the values of each combination, as text for the name and by key; one without any where no matrix is."""
-    combinations = itertools.product(*entry.matrix.values())
-    return [(",".join(map(str, values)), dict(zip(entry.matrix, values, strict=True))) for values in combinations]
-
-
 def _connect(loaded: LoadedRecipe, node: Node, nodes: Mapping[str, Node]) -> Node:
     """Resolve the references that the recipe writes."""
     edges: dict[str, tuple[Ref, ...]] = {}
@@ -197,6 +198,11 @@ def _connect(loaded: LoadedRecipe, node: Node, nodes: Mapping[str, Node]) -> Nod
         refs = [ref for each in written for ref in _resolve(loaded, node, edge, each, nodes)]
         if refs:
             edges[name] = tuple(dict.fromkeys(refs))
+    # What a list means may be longer than what is written, or shorter: settings for each of its steps count those.
+    lists = {name: list(refs) for name, refs in edges.items() if node.kind.edges[name].many}
+    if lists:
+        given = {name: getattr(node.config, name) for name in node.config.model_fields_set}
+        _config(loaded, node.kind, node.place, given | lists)
     return replace(node, edges=edges)
 
 

@@ -1,5 +1,6 @@
 """Recipes: YAML in, one checked recipe out, after `extends:`, its profile, `--set` and `${...}`."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -79,6 +80,12 @@ class StepEntry(BaseModel):
     def config(self) -> dict[str, Any]:
         """The kind's own keys."""
         return dict(self.model_extra or {})
+
+    @property
+    def combinations(self) -> list[tuple[str, dict[str, Any]]]:
+        """The values of each combination, as text for the name and by key; one without any where no matrix is."""
+        found = itertools.product(*self.matrix.values())
+        return [(",".join(map(str, values)), dict(zip(self.matrix, values, strict=True))) for values in found]
 
 
 class Carried(_Part):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from steps.frame.errors import first_complaint
 from steps.frame.runner import run_step
 from steps.frame.scale import die_with_parent
 from steps.frame.spec import StepSpec
@@ -26,9 +27,7 @@ def main() -> int:
         print(f"{sys.argv[1]}: {error.strerror}", file=sys.stderr)
         return 2
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        print(f"{sys.argv[1]}: this is no spec of a step: {where}: {first['msg']}", file=sys.stderr)
+        print(f"{sys.argv[1]}: this is no spec of a step: {first_complaint(error)}", file=sys.stderr)
         return 2
     hide_broken()
     result = run_step(spec)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
+from pydantic import Field
+
 from steps.artifacts import MANIFEST_NAME, Adapter, Artifact, Draft, Model, Report
 from steps.evaluate._names import candidate_names
 from steps.frame import Chooses, Follows, Input, Job, Like, NamesOf, StepConfig, UserError, step
@@ -17,7 +19,7 @@ CHOICE_NAME = "choice.json"
 class EvaluateBest(StepConfig):
     """Choose among candidates by a metric of a report: the member of a matrix, or the round, that did best."""
 
-    candidates: list[Input[Model | Adapter]]
+    candidates: list[Input[Model | Adapter]] = Field(min_length=1)
     """Models or adapters to choose from, all of one kind."""
     names: tuple[str, ...] | None = NamesOf("candidates")
     """Their names in the report, in their order."""

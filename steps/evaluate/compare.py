@@ -28,7 +28,7 @@ class Compare(StepConfig):
 
     reference: Input[Model]
     """The model that the others should equal; it is measured too."""
-    candidates: list[Input[Model | Quantized]]
+    candidates: list[Input[Model | Quantized]] = Field(min_length=1)
     data: Input[Dataset]
     """Held-out conversations."""
     reference_name: str | None = NamesOf("reference")

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from pydantic import ValidationError
+
 
 class UserError(Exception):
     """Bad input. The message names the file, the key and what would be right, in one sentence."""
@@ -18,6 +20,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if near := get_close_matches(word, names, n=1, cutoff=0.6):
         return f"; did you mean `{near[0]}`?"
     return f"; known here: {', '.join(names)}" if names else ""
+
+
+def first_complaint(error: ValidationError) -> str:
+    """Return what pydantic says first as one sentence, `weights: 1 entries for 2 parts`: it says all in many lines."""
+    first = error.errors(include_url=False)[0]
+    said = first["msg"].removeprefix("Value error, ")
+    return ": ".join(filter(None, (".".join(map(str, first["loc"])), f"{said[0].lower()}{said[1:]}")))
 
 
 class PartDone(BaseException):

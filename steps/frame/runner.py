@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from steps.artifacts import Artifact, Draft, Facts, Manifest, Parent, Report, Store, digest_tree
 from steps.frame.code import code_modules, digest_modules
 from steps.frame.config import StepConfig, choices_of, edges_of
-from steps.frame.errors import PartDone, UserError
+from steps.frame.errors import PartDone, UserError, first_complaint
 from steps.frame.job import Job
 from steps.frame.kinds import StepKind, load_kind
 from steps.frame.pinned import pin
@@ -124,7 +124,7 @@ def _resolve(kind: StepKind, spec: StepSpec) -> tuple[StepConfig, dict[str, Pare
     try:
         return kind.config.model_validate(values), parents
     except ValidationError as error:
-        raise UserError(f"step `{spec.name}` ({kind.name}): {error}") from error
+        raise UserError(f"step `{spec.name}` ({kind.name}): {first_complaint(error)}") from error
 
 
 def _publish(
@@ -229,6 +229,8 @@ def _disk_full(spec: StepSpec) -> str:
 
 
 def _failed(error: Exception) -> StepResult:
+    if isinstance(error, ValidationError):
+        return StepResult(status="failed", message=f"{error.title}: {first_complaint(error)}")
     message = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
     return StepResult(status="failed", message=message)
 

@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import Field
+
 from steps.artifacts import (
     MANIFEST_NAME,
     Adapter,
@@ -29,7 +31,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 class Bundle(StepConfig):
     """Bundle models for hand-out: weights, tokenizer, chat template, model card, checksums, manifests."""
 
-    members: list[Input[Model | Quantized | Adapter]]
+    members: list[Input[Model | Quantized | Adapter]] = Field(min_length=1)
     names: tuple[str, ...] | None = NamesOf("members")
     """Names of the members, in their order; a member lies in the folder of its name."""
     report: Input[Report] | None = None
@@ -51,8 +53,6 @@ class Bundle(StepConfig):
 )
 def bundle(config: Bundle, job: Job) -> Draft:
     """Link the members' files, write the card, write the checksums."""
-    if not config.members:
-        raise UserError(f"step `{job.name}`: `members` is empty; name the steps whose models to bundle")
     names = folder_names(config.names, config.members)
     out = job.output()
     sums: dict[str, str] = {}

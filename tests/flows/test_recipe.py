@@ -124,6 +124,28 @@ def test_missing_input(recipe: Build) -> None:
     assert "steps.sft.model: this key is required" in refusal(recipe, ("model: base, data", "data"))
 
 
+@pytest.mark.parametrize(
+    ("step", "key"),
+    [
+        ("{uses: evaluate.compare, reference: merged, candidates: [], data: data.eval}", "candidates"),
+        ("{uses: evaluate.best, candidates: [], report: quality}", "candidates"),
+        ("{uses: data.mix, parts: []}", "parts"),
+        ("{uses: package.bundle, title: none, members: []}", "members"),
+    ],
+)
+def test_an_input_that_is_an_empty_list_is_refused_where_it_stands(recipe: Build, step: str, key: str) -> None:
+    message = refusal(recipe, ("publish", f"  more: {step}\npublish"))
+    assert f"small.yaml:10: steps.more.{key}: an empty list; name the steps" in message
+
+
+@pytest.mark.parametrize(("parts", "count"), [("[data.train, data.train]", 1), ("[several.train, data.train]", 3)])
+def test_settings_for_each_input_count_what_a_list_means(recipe: Build, parts: str, count: int) -> None:
+    several = "{uses: data.prepare, source: python-stdlib-docs, matrix: {limit: [20, 30]}}"
+    mixed = f"{{uses: data.mix, parts: {parts}, weights: [1, 2]}}"
+    message = refusal(recipe, ("publish", f"  several: {several}\n  mixed: {mixed}\npublish"))
+    assert f"small.yaml:11: steps.mixed: weights: 2 entries for {count} parts; give one for each part" in message
+
+
 def test_unknown_reference(recipe: Build) -> None:
     message = refusal(recipe, ("adapter: sft}", "adapter: stf}"))
     assert "steps.merged.adapter: there is no step `stf`; did you mean `sft`?" in message

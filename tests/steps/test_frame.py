@@ -16,7 +16,7 @@ from steps.artifacts import Manifest, Store, digest_tree
 from steps.frame import Resources, StepConfig, all_kinds, load_kind
 from steps.frame.config import edges_of
 from steps.frame.launch import Launcher
-from steps.frame.spec import StepSpec
+from steps.frame.spec import InputSpec, StepSpec
 from tests.conftest import Bench
 
 TINY = {"hidden": 32, "layers": 1, "vocabulary": 300, "pretrain_steps": 2}
@@ -152,7 +152,7 @@ def test_steps_die_with_their_flow(tmp_path: Path) -> None:
     spec = spec_of(tmp_path, config=config)
     code = (
         "import sys; from pathlib import Path; from steps.frame.launch import Launcher; "
-        "from steps.frame.spec import StepSpec; "
+        "from steps.frame.spec import InputSpec, StepSpec; "
         "Launcher([], Path(sys.argv[1])).run(StepSpec.model_validate_json(sys.argv[2]))"
     )
     launcher.close()
@@ -196,6 +196,21 @@ def test_full_disk_is_one_sentence_and_leaves_nothing(bench: Bench, small_disk: 
     assert not (small_disk / "work" / "staging").exists()
 
 
+def test_what_pydantic_refuses_in_a_step_is_one_sentence(bench: Bench, tmp_path: Path) -> None:
+    result = bench.launcher.run(spec_of(tmp_path, config={"hidden": "many", "layers": 0}))
+    assert result.status == "refused"
+    assert result.message.startswith("step `tiny` (model.pico): hidden: input should be a valid integer")
+    assert "\n" not in result.message
+    # An artifact whose facts are none of its kind's.
+    manifest = staged(tmp_path / "staging", {"a.txt": b"one"}).model_copy(update={"facts": {"metrics": 3}})
+    with pytest.raises(ValidationError):
+        Store(tmp_path / "artifacts").publish(tmp_path / "staging", manifest)
+    report = InputSpec(path=tmp_path / "artifacts" / manifest.digest, digest=manifest.digest)
+    bundle = spec_of(tmp_path, kind="package.bundle", config={"title": "x"}, inputs={"report": (report,)})
+    result = bench.launcher.run(bundle)
+    assert (result.status, result.message) == ("failed", "ReportFacts: metrics: input should be a valid dictionary")
+
+
 def test_planning_sees_every_kind_without_torch() -> None:
     code = "import sys; from steps.frame import all_kinds; all_kinds(); print([m for m in ('torch', 'transformers', 'mlflow', 'prefect') if m in sys.modules])"  # noqa: E501
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -230,7 +245,7 @@ def test_numbers_without_end_are_refused_at_any_depth_for_a_key_cannot_hold_them
 
 
 @pytest.mark.parametrize(
-    ("content", "why"), [(None, "No such file or directory"), ("name: x", "Invalid JSON"), ("{}", "name: Field")]
+    ("content", "why"), [(None, "No such file or directory"), ("name: x", "invalid JSON"), ("{}", "name: field")]
 )
 def test_what_is_no_spec_is_one_sentence_and_code_2(content: str | None, why: str, tmp_path: Path) -> None:
     spec = tmp_path / "spec.json"
