@@ -176,7 +176,11 @@ class Execution:
         """
         store, has_server = self.home.store, self.home.has_server
         for digest in entry.outputs.values():
-            if (has_server and not store.has(digest)) or store.fault(digest) is None:
+            if has_server and not store.has(digest):
+                if self.recorder.lost(digest, entry):
+                    return False
+                continue
+            if store.fault(digest) is None:
                 continue
             if not has_server:
                 return False

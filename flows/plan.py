@@ -1,10 +1,11 @@
 """The plan: every step's key, and whether it must run, before anything does. Imports neither torch nor MLflow."""
 
 import hashlib
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from flows.graph import Graph, Node
 from flows.runtimes import Say, fault, gpu_fault, imported, needed, prove_unproven, unproven
@@ -13,6 +14,7 @@ from registry.family import member_at
 from registry.home import Home
 from registry.index import Entry, Index
 from registry.record import Recorder
+from steps.artifacts import Report
 from steps.artifacts.manifest import canonical_json
 from steps.frame import UserError
 from steps.frame.code import StepCode
@@ -118,6 +120,7 @@ def make_plan(graph: Graph, home: Home, root: Path, *, thorough: bool, say: Say 
     known = _Known(index, home, thorough)
     alike = likenesses(graph)
     steps = {name: known.planned(node, keys[name], alike[name]) for name, node in graph.nodes.items()}
+    steps = known.with_made_again(graph, steps)
     if thorough:
         todo = [step.node for step in steps.values() if _is_to_run(step)]
         prove_unproven((name for node in todo for name in (*imported(node), *needed(graph, node))), say)
@@ -209,6 +212,33 @@ class _Known:
             return replace(_cached(step, entry), damaged=True, reason=f"{fault}; the server has it")
         return replace(_cached(step, entry), reason="" if len(here) == len(entry.outputs) else "made elsewhere")
 
+    def with_made_again(self, graph: Graph, steps: Mapping[str, PlannedStep]) -> dict[str, PlannedStep]:
+        """Return the steps; those whose outputs are needed here, and are neither here nor on the server, are to run.
+
+        Needed are the inputs of what is to run, and each report. Asked about is only what is not here.
+        """
+        found = dict(steps)
+        if not self.home.has_server:
+            return found
+        needed = {name: {*(step.outputs or {})} for name, step in steps.items() if _is_read(step)}
+        for name, node in reversed(list(graph.nodes.items())):
+            if why := self._lost(found[name], needed.get(name, set())):
+                found[name] = replace(
+                    found[name], status="run", entry=None, damaged=False, reason=f"made before, but {why}"
+                )
+            if _is_to_run(found[name]):
+                for ref in itertools.chain.from_iterable(node.edges.values()):
+                    needed.setdefault(ref.step, set()).add(ref.output)
+        return found
+
+    def _lost(self, step: PlannedStep, outputs: Iterable[str]) -> str:
+        """Return why outputs of a cached step cannot be had, or nothing."""
+        if step.status != "cached" or step.entry is None:
+            return ""
+        digests = [step.entry.outputs[name] for name in outputs]
+        absent = [digest for digest in digests if self.fault({"": digest})]
+        return next(filter(None, (self.recorder.lost(digest, step.entry) for digest in absent)), "")
+
     def fault(self, outputs: Mapping[str, str]) -> str | None:
         """Return what is wrong with the first unsound output, or None."""
         for digest in outputs.values():
@@ -222,6 +252,11 @@ class _Known:
     def prediction(self, likeness: str) -> Prediction | None:
         last = next((entry for entry in self.entries if entry.likeness == likeness), None)
         return Prediction(last.seconds, last.peak_memory, last.size) if last else None
+
+
+def _is_read(step: PlannedStep) -> bool:
+    """Whether a cached step's outputs are opened, whatever is to run: a damaged one's, and a report."""
+    return step.damaged or step.node.outputs.get("") is Report
 
 
 def _cached(step: PlannedStep, entry: Entry) -> PlannedStep:
@@ -298,26 +333,3 @@ def _with_verdict(graph: Graph, step: PlannedStep) -> PlannedStep:
 def environment_python(name: str) -> Path:
     """Return the interpreter of an environment of a step kind's own."""
     return Path(".venvs") / name / "bin" / "python"
-
-
-def describe(plan: Plan) -> list[dict[str, Any]]:
-    """Return the plan as plain data, a row a step, for `--json` and for the table."""
-    return [
-        {
-            "step": step.name,
-            "uses": step.node.kind.name,
-            "status": step.status,
-            "key": step.key,
-            "needs": step.node.parents,
-            "reason": step.reason,
-            "outputs": dict(step.outputs or {}),
-            "predicted": None
-            if step.predicted is None
-            else {
-                "seconds": round(step.predicted.seconds, 1),
-                "peak_memory": step.predicted.peak_memory,
-                "size": step.predicted.size,
-            },
-        }
-        for step in plan.steps.values()
-    ]

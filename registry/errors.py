@@ -8,6 +8,15 @@ class RegistryError(Exception):
     """A name that does not exist, a damaged artifact, a server that does not answer. The message is one sentence."""
 
 
+class Lost(RegistryError):
+    """What MLflow once held and holds no longer, or holds damaged: asking again is of no use."""
+
+
+def refusal(error: Exception) -> type[RegistryError]:
+    """Return what an error of MLflow's client means: that something is not there, or anything else."""
+    return Lost if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST" else RegistryError
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean X?` for the nearest known word, else the list of what is known.
 

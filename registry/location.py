@@ -7,14 +7,17 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import unquote, urlsplit
 
-from registry.errors import RegistryError
+from registry.errors import Lost, RegistryError
 from registry.importing import importing
 from steps.artifacts import MANIFEST_NAME, Artifact, Manifest, Store, digest_file, link_or_copy
 
 if TYPE_CHECKING:
     from mlflow.store.artifact.artifact_repo import ArtifactRepository
+    from requests import Response
 
 _CHUNK = 1 << 20
+_ABSENT = (404, 410)
+"""Answers of a server that does not have a file."""
 
 
 class Location(Protocol):
@@ -36,8 +39,13 @@ class Location(Protocol):
         """Return a small file.
 
         Raises:
-            RegistryError: it is not there.
+            Lost: it is not there.
+            RegistryError: it cannot be read.
         """
+        ...
+
+    def holds(self, name: str) -> bool:
+        """Whether a file is there; true where only fetching it would tell."""
         ...
 
     def take(self, name: str, target: Path) -> int:
@@ -85,7 +93,12 @@ class LocalLocation:
         try:
             return (self.root / name).read_bytes()
         except OSError as error:
-            raise RegistryError(f"{self.root / name} cannot be read ({error.strerror})") from error
+            kind = Lost if isinstance(error, FileNotFoundError) else RegistryError
+            raise kind(f"{self.root / name} cannot be read ({error.strerror})") from error
+
+    def holds(self, name: str) -> bool:
+        """Whether a file is there."""
+        return (self.root / name).is_file()
 
     def take(self, name: str, target: Path) -> int:
         """Link the file."""
@@ -100,8 +113,8 @@ class LocalLocation:
         return 0
 
     def _fresh(self, name: str, target: Path) -> None:
-        if not (self.root / name).is_file():
-            raise RegistryError(f"{self.root / name} is missing")
+        if not self.holds(name):
+            raise Lost(f"{self.root / name} is missing")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
 
@@ -140,6 +153,21 @@ class RemoteLocation:
             self.copy(name, path)
             return path.read_bytes()
 
+    def holds(self, name: str) -> bool:
+        """Whether a file is there, asked for by its first byte; true of other stores than MLflow's own server's."""
+        with importing():
+            from mlflow.exceptions import MlflowException
+            from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
+        from requests import RequestException
+
+        if not isinstance(self._repository, HttpArtifactRepository):
+            return True
+        try:
+            with _asked(self._repository.artifact_uri, name, "bytes=0-0") as response:
+                return response.status_code not in _ABSENT
+        except (MlflowException, RequestException):
+            return True
+
     def take(self, name: str, target: Path) -> int:
         """Download the file."""
         return self.copy(name, target)
@@ -159,28 +187,42 @@ class RemoteLocation:
                 Path(self._repository.download_artifacts(name, folder)).replace(target)
             return 0
         except (MlflowException, RequestException) as error:
-            raise RegistryError(f"`{name}` cannot be fetched from {self._repository.artifact_uri} ({error})") from error
+            kind = Lost if getattr(getattr(error, "response", None), "status_code", 0) in _ABSENT else RegistryError
+            where = self._repository.artifact_uri
+            raise kind(f"`{name}` cannot be fetched from {where} ({_why(error)})") from error
 
 
 def _download(artifact_uri: str, name: str, target: Path) -> int:
     """Stream one file from MLflow's server, appending to what `target` already holds; return how much that was."""
-    with importing():
-        from mlflow.utils.credentials import get_default_host_creds
-        from mlflow.utils.request_utils import augmented_raise_for_status
-        from mlflow.utils.rest_utils import http_request
-
     held = target.stat().st_size if target.exists() else 0
-    wish = {"Range": f"bytes={held}-", "Accept-Encoding": "identity"} if held else {"Accept-Encoding": "identity"}
-    response = http_request(get_default_host_creds(artifact_uri), f"/{name}", "GET", extra_headers=wish, stream=True)
-    if response is None:
-        raise RegistryError(f"the server gave no answer for `{name}`")
-    with response:
-        augmented_raise_for_status(response)
+    with _asked(artifact_uri, name, f"bytes={held}-" if held else "") as response:
+        response.raise_for_status()
         partial = response.status_code == 206
         with target.open("ab" if partial else "wb") as stream:
             for chunk in response.iter_content(_CHUNK):
                 stream.write(chunk)
     return held if partial else 0
+
+
+def _asked(artifact_uri: str, name: str, span: str) -> "Response":
+    """Ask MLflow's server for a file, or for a span of its bytes."""
+    with importing():
+        from mlflow.utils.credentials import get_default_host_creds
+        from mlflow.utils.rest_utils import http_request
+
+    wish = {"Accept-Encoding": "identity", **({"Range": span} if span else {})}
+    response = http_request(get_default_host_creds(artifact_uri), f"/{name}", "GET", extra_headers=wish, stream=True)
+    if response is None:
+        raise RegistryError(f"the server gave no answer for `{name}`")
+    return response
+
+
+def _why(error: Exception) -> str:
+    """Return in a few words why a file was not given: servers send whole documents along."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        return f"the server answers {response.status_code} {response.reason}"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def location_at(uri: str, tracking_uri: str) -> Location:
@@ -200,11 +242,9 @@ def read_manifest(location: Location, digest: str) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(location.read(MANIFEST_NAME))
     except ValueError as error:
-        raise RegistryError(f"{MANIFEST_NAME} of artifact {digest[:12]} is damaged") from error
+        raise Lost(f"{MANIFEST_NAME} of artifact {digest[:12]} is damaged") from error
     if manifest.digest != digest:
-        raise RegistryError(
-            f"artifact {digest[:12]} was changed in MLflow's store: its manifest is {manifest.digest[:12]}"
-        )
+        raise Lost(f"artifact {digest[:12]} was changed in MLflow's store: its manifest is {manifest.digest[:12]}")
     for name in manifest.files:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or not name:

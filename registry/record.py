@@ -1,8 +1,6 @@
 """Executions and their steps, written into MLflow so that a step is either recorded whole or not at all."""
 
-import os
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -10,11 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from registry.errors import RegistryError
+from registry.errors import Lost, RegistryError, refusal
 from registry.home import Home
 from registry.importing import importing
 from registry.index import Entry, Index
 from registry.location import LocalLocation, Location, fetch, read_manifest
+from registry.processes import is_alive, own_tags, process_name
 from registry.run_data import json_tag, mlflow_name
 from registry.step_run import ENTRY_NAME, StepRecord, StepRun, output_folder, share_files
 from registry.tracking import Tracking
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["Execution", "Recorder", "StepRecord"]
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-_FOREIGN_TIMEOUT = 24 * 3600
-"""Seconds after which a run that another machine began and never ended counts as dead."""
 
 
 class Recorder:
@@ -61,9 +58,9 @@ class Recorder:
             self.rebuild_index()
         experiment = self.tracking.experiment(recipe)
         for dead in list(self.tracking.runs("tags.`posttrain.role` = 'execution' AND attributes.status = 'RUNNING'")):
-            if not _alive(dead):
+            if not is_alive(dead):
                 self.tracking.client.set_terminated(dead.info.run_id, "KILLED")
-        own = {"posttrain.role": "execution", "posttrain.recipe": recipe, **_common_tags()}
+        own = {"posttrain.role": "execution", "posttrain.recipe": recipe, **own_tags()}
         run = self.tracking.client.create_run(experiment, tags={**own, **(tags or {})}, run_name=recipe)
         execution = Execution(self, run, recipe)
         execution.location.write(resolved.encode(), "recipe.yaml")
@@ -144,6 +141,20 @@ class Recorder:
         store = self.home.store
         return store.open(digest).manifest if store.has(digest) else read_manifest(self.location(entry, digest), digest)
 
+    def lost(self, digest: str, entry: Entry) -> str:
+        """Return what MLflow no longer holds of one of a step's outputs; nothing where it has all, or gives no answer.
+
+        Each file is asked for, and none is fetched.
+        """
+        try:
+            place = self.location(entry, digest)
+            absent = next((name for name in read_manifest(place, digest).files if not place.holds(name)), None)
+        except Lost as error:
+            return str(error)
+        except RegistryError:
+            return ""
+        return f"MLflow no longer holds `{absent}` of artifact {digest[:12]}" if absent else ""
+
     def write(self, execution: "Execution", step: StepRecord) -> Entry:
         """Record one finished step, see `Execution.record`."""
         with self.index.lock(step.key):
@@ -157,7 +168,7 @@ class Recorder:
             run = self.tracking.client.create_run(
                 execution.experiment,
                 start_time=int(step.began.timestamp() * 1000),
-                tags={**_step_tags(step, execution), **_common_tags()},
+                tags={**_step_tags(step, execution), **own_tags()},
                 run_name=step.name,
             )
             try:
@@ -187,7 +198,7 @@ class Recorder:
         try:
             return self.tracking.client.get_run(entry.run_id)
         except MlflowException as error:
-            raise RegistryError(f"MLflow no longer holds the run of step `{entry.step}` ({entry.run_id})") from error
+            raise refusal(error)(f"MLflow no longer holds the run of step `{entry.step}` ({entry.run_id})") from error
 
     def _relink(self, entry: Entry) -> bool:
         """Make sure that MLflow still holds a recorded step, and the very files that the store holds.
@@ -204,13 +215,15 @@ class Recorder:
         for name, digest in entry.outputs.items():
             if isinstance(place := places[name], LocalLocation):
                 share_files(store.open(digest), place, "")
+            elif self.lost(digest, entry):
+                return False
         return True
 
     def _bury(self, key: str) -> None:
         """Drop the runs of this key that a killed process left half-written."""
         for run in list(self.tracking.runs(f"tags.`posttrain.key` = '{key}' AND attributes.status = 'RUNNING'")):
             # This process holds the key's lock, so a run of its own can only be one that failed.
-            if not _alive(run) or run.data.tags.get("posttrain.process") == _process():
+            if not is_alive(run) or run.data.tags.get("posttrain.process") == process_name():
                 self._drop(run)
 
     def _drop(self, run: "Run") -> None:
@@ -315,29 +328,3 @@ def _step_tags(step: StepRecord, execution: Execution) -> dict[str, str]:
         "posttrain.outputs": json_tag(dict(step.outputs)),
         "posttrain.libraries": json_tag(dict(step.libraries)),
     }
-
-
-def _common_tags() -> dict[str, str]:
-    user = os.environ.get("USER") or os.environ.get("LOGNAME") or "unknown"
-    return {"mlflow.user": user, "mlflow.source.name": "posttrain", "posttrain.process": _process()}
-
-
-def _process(pid: int | None = None) -> str:
-    """Name a process so that no later one has the same name: host, id, start time."""
-    import psutil
-
-    process = psutil.Process(pid)
-    return f"{socket.gethostname()}/{process.pid}/{process.create_time():.2f}"
-
-
-def _alive(run: "Run") -> bool:
-    """Whether the process that began a run may still be at work on it."""
-    import psutil
-
-    host, _, rest = run.data.tags.get("posttrain.process", "").rpartition("/")[0].rpartition("/")
-    if host != socket.gethostname():
-        return time.time() - run.info.start_time / 1000 < _FOREIGN_TIMEOUT
-    try:
-        return _process(int(rest)) == run.data.tags["posttrain.process"]
-    except (psutil.NoSuchProcess, ValueError):
-        return False

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from registry.errors import RegistryError
+from registry.errors import RegistryError, refusal
 from registry.home import Home
 from registry.importing import importing
 from registry.index import Index
@@ -117,7 +117,7 @@ class Tracking:
         try:
             model = self.client.get_logged_model(model_id)
         except MlflowException as error:
-            raise RegistryError(f"MLflow no longer holds model {model_id} of artifact {digest[:12]}") from error
+            raise refusal(error)(f"MLflow no longer holds model {model_id} of artifact {digest[:12]}") from error
         if model.tags.get("posttrain.digest") != digest:
             raise RegistryError(f"MLflow's model {model_id} is not artifact {digest[:12]}")
         return self._checked(model.artifact_location)

@@ -64,15 +64,13 @@ def plan(
     recipe: RecipeArgument, profile: ProfileOption = "", set_: SetOption = None, as_json: JsonOption = False
 ) -> None:
     """Show what a run would do: per step cached, run, resume or blocked, with predicted time, memory and disk."""
-    from flows.plan import describe
+    from flows.cli.tables import describe, plan_table
     from flows.prepare import plan_recipe
 
     made = plan_recipe(recipe, set_ or [], thorough=False, profile=profile)
     if as_json:
         print_json({"recipe": made.graph.loaded.name, "steps": describe(made)})
     else:
-        from flows.cli.tables import plan_table
-
         console().print(plan_table(made))
     if made.blocked:
         raise typer.Exit(2)

@@ -154,3 +154,26 @@ def _table(*columns: str, title: str | None = None, caption: str | Text | None =
     table = PlainTable(*columns, title=title, caption=caption, header_style="dim")
     table.title_justify = table.caption_justify = "left"
     return table
+
+
+def describe(plan: Plan) -> list[dict[str, Any]]:
+    """Return the plan as plain data, a row a step, for `--json` and for the table."""
+    return [
+        {
+            "step": step.name,
+            "uses": step.node.kind.name,
+            "status": step.status,
+            "key": step.key,
+            "needs": step.node.parents,
+            "reason": step.reason,
+            "outputs": dict(step.outputs or {}),
+            "predicted": None
+            if step.predicted is None
+            else {
+                "seconds": round(step.predicted.seconds, 1),
+                "peak_memory": step.predicted.peak_memory,
+                "size": step.predicted.size,
+            },
+        }
+        for step in plan.steps.values()
+    ]

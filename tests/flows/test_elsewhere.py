@@ -1,15 +1,30 @@
 """What one machine made, another publishes and goes on from: a real MLflow server on loopback, and two homes."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
 
 from flows.execution import Execution
+from flows.plan import PlannedStep
 from flows.publication import publish_release
+from registry.errors import Lost
 from registry.home import Home
+from steps.artifacts import MANIFEST_NAME
 from tests.flows.test_publication import BOUND, Nights, found
 from tests.registry.conftest import migrated  # noqa: F401 - a fixture
 from tests.registry.test_server import server, server_root  # noqa: F401 - fixtures
+
+
+def lose(server_root: Path, step: PlannedStep, output: str, *names: str) -> str:  # noqa: F811
+    """Remove an output's files from the server, all of them or those of these names; return its digest."""
+    assert step.entry
+    digest = step.entry.outputs[output]
+    for manifest in list((server_root / "artifacts").rglob(MANIFEST_NAME)):
+        if hashlib.sha256(manifest.read_bytes()).hexdigest() == digest:
+            for path in [manifest.parent / name for name in names] or manifest.parent.iterdir():
+                path.unlink(missing_ok=True)
+    return digest
 
 
 class Machines:
@@ -64,3 +79,42 @@ def test_what_was_all_made_elsewhere_is_published_fetched_in_part_and_mended(mac
     assert execution.run("data").outcome == "cached"
     assert home.store.fault(here) is None
     assert not home.store.has(data.outputs["train"])
+
+
+def test_what_is_lost_here_and_on_the_server_is_made_again_where_it_is_needed(
+    machines: Machines,
+    server_root: Path,  # noqa: F811
+) -> None:
+    planned = machines.plan().plan.steps
+    lose(server_root, planned["data"], "eval")
+    base = lose(server_root, planned["base"], "", "model.safetensors")
+    assert {step.status for step in machines.plan().plan.steps.values()} == {"cached"}, "nothing needs them"
+
+    # Another report on the same models needs the rows, and those that make the rows need the base.
+    text = machines.recipe.read_text(encoding="utf-8")
+    machines.recipe.write_text(text.replace("data: data.eval}", "data: data.eval, rows: 8}"), encoding="utf-8")
+    execution = machines.plan()
+    steps = execution.plan.steps
+    assert {name: step.status for name, step in steps.items()} == {
+        "base": "run",
+        "data": "run",
+        "sft": "cached",
+        "gguf[Q8_0]": "cached",
+        "quality": "run",
+    }
+    assert "made before, but `artifact.json` cannot be fetched from http" in steps["data"].reason
+    assert "(the server answers 404 Not Found)" in steps["data"].reason
+    assert steps["base"].reason.startswith(
+        f"made before, but MLflow no longer holds `model.safetensors` of artifact {base[:12]}"
+    )
+    assert all("\n" not in step.reason for step in steps.values())
+    lost = planned["base"].entry
+    assert lost
+    with pytest.raises(Lost, match=r"`model\.safetensors` cannot be fetched from http.*404 Not Found\)$"):
+        execution.recorder.fetch(base, lost)
+
+    assert execution.run("base").outcome == "finished", "not taken for one that was made meanwhile"
+    execution.close(ok=True)
+    made = execution.states["base"].entry
+    assert made and not execution.recorder.lost(made.outputs[""], made), "the server has it again"
+    assert machines.plan().plan.steps["base"].status == "cached"
