@@ -2,6 +2,7 @@
 
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -10,8 +11,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from http.client import HTTPException
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
 from uuid import UUID
 
 from flows.team.state import prefect_url
@@ -21,8 +23,10 @@ from steps.frame import UserError
 from steps.frame.forkserver import die_with_parent
 
 _START_TIMEOUT = 90
-_ABSENCE, _ABSENCE_ELSEWHERE = 3.0, 60.0
-"""Seconds without a server after which a run gives up: on this machine, and elsewhere, where one may be restarted."""
+_ABSENCE = 60.0
+"""Seconds after which a run gives up a server that others own."""
+_NOBODY_BEHIND = (502, 503, 504)
+"""Answers of a proxy that does not reach the server."""
 STARTING = "prefect"
 """Name of the lock on Prefect's database while a server makes or migrates its tables."""
 
@@ -30,8 +34,10 @@ STARTING = "prefect"
 class Readiness:
     """Whether a server answers yet; it is waited for in a thread of its own."""
 
-    def __init__(self, wait: Callable[[], None] | None = None) -> None:
+    def __init__(self, wait: Callable[[], None] | None = None, ended: Callable[[], bool] | None = None) -> None:
         """Wait in the background; without `wait` it answers already."""
+        self.ended = ended
+        """Whether a server of our own has ended; None of one that others own."""
         self._error: Exception | None = None
         self._wait = wait
         self._thread = threading.Thread(target=self._watch, daemon=True, name="prefect-server-watch")
@@ -101,6 +107,10 @@ class LocalServer:
                     raise UserError(f"the local Prefect server did not start; see {self.folder / 'server.log'}")
                 time.sleep(0.1)
 
+    def ended(self) -> bool:
+        """Whether it has ended."""
+        return self.process is not None and self.process.poll() is not None
+
     def stop(self) -> None:
         """Stop it and wait for its end."""
         if self.process is None:
@@ -128,11 +138,12 @@ def prefect_api(home: Home) -> Iterator[tuple[str, Readiness]]:
     if os.environ.get("PREFECT_API_URL"):
         raise UserError(f"PREFECT_API_URL={url}: no Prefect server answers there; start it, or unset the variable")
     server = LocalServer(home)
+    _reach_directly("127.0.0.1")
     server.start()
     os.environ["PREFECT_API_URL"] = server.url
     os.environ["PREFECT_HOME"] = str(server.folder)
     try:
-        yield server.url, Readiness(server.wait)
+        yield server.url, Readiness(server.wait, server.ended)
     finally:
         os.environ.pop("PREFECT_API_URL", None)
         server.stop()
@@ -179,17 +190,23 @@ def send_the_rest(timeout: float) -> bool:
 
 
 @contextmanager
-def watched(url: str, lost: Callable[[], None]) -> Iterator[None]:
-    """Call `lost`, in a thread of its own, if during the context nobody listens at an API any more."""
+def watched(url: str, lost: Callable[[], None], ended: Callable[[], bool] | None = None) -> Iterator[None]:
+    """Call `lost`, in a thread of its own, if the server of an API goes during the context.
+
+    Args:
+        url: of the API.
+        lost: what to do then.
+        ended: whether the process of a server of our own has ended. One that others own is asked, as Prefect's clients
+            ask it; it may be away for a while, to be started anew, or because a tunnel is.
+    """
     over = threading.Event()
-    patience = _ABSENCE if urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1") else _ABSENCE_ELSEWHERE
 
     def look() -> None:
         last = time.monotonic()
         while not over.wait(0.5):
-            if not _is_refused(url):
+            if not (ended() if ended else _is_absent(url)):
                 last = time.monotonic()
-            elif time.monotonic() - last > patience and not over.is_set():
+            elif (ended or time.monotonic() - last > _ABSENCE) and not over.is_set():
                 return lost()
         return None
 
@@ -200,17 +217,21 @@ def watched(url: str, lost: Callable[[], None]) -> Iterator[None]:
         over.set()
 
 
-def _is_refused(url: str) -> bool:
-    """Whether nobody listens at `url`; a server that is too busy to answer is there."""
-    parts = urlsplit(url)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
+def _is_absent(url: str) -> bool:
+    """Whether nobody answers for an API, asked as `is_healthy` asks; one that is too busy to answer is there."""
     try:
-        socket.create_connection((parts.hostname or "", port), timeout=2).close()
-    except TimeoutError:
+        with _health(url):
+            return False
+    except urllib.error.HTTPError as error:
+        return error.code in _NOBODY_BEHIND
+    except urllib.error.URLError as error:
+        return not isinstance(error.reason, TimeoutError | ssl.SSLError)
+    except (TimeoutError, ValueError):
         return False
     except OSError:
         return True
-    return False
+    except HTTPException:
+        return False
 
 
 def server_command(port: int) -> list[str]:
@@ -236,10 +257,22 @@ def server_environment(folder: Path, extra: Mapping[str, str] | None = None) -> 
 def is_healthy(url: str) -> bool:
     """Whether a Prefect API answers at `url`."""
     try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=2) as answer:
+        with _health(url) as answer:
             return answer.status == 200
     except (urllib.error.URLError, OSError, ValueError):
         return False
+
+
+def _health(url: str) -> Any:
+    # An opener of its own: the shared one goes by the proxies that were named when it was first used.
+    return urllib.request.build_opener().open(f"{url.rstrip('/')}/health", timeout=2)
+
+
+def _reach_directly(host: str) -> None:
+    """Have every client of this process and of its children reach a host without the proxy that others go through."""
+    known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if known.strip() != "*" and host not in known.split(","):
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = f"{known},{host}" if known else host
 
 
 def free_port(wanted: int = 0) -> int:

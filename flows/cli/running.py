@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -21,6 +21,9 @@ from flows.runtimes import Say
 from flows.terminal import Board
 from flows.units import duration
 from registry.home import Home
+
+if TYPE_CHECKING:
+    from flows.servers import Readiness
 
 _SENDING = 5.0
 """Seconds that Prefect's clients have to send the last of a run that was stopped."""
@@ -79,14 +82,14 @@ def _under_prefect(execution: Execution, board: Board, stack: ExitStack, paramet
         # Prefect would write half a line wherever the cursor stands for each log that it cannot send.
         logging.raiseExceptions = False
         ready.wait()
-        return _flow(execution, board, url, parameters)
+        return _flow(execution, board, url, ready, parameters)
     except BaseException as error:
         execution.launcher.close()
         _let_go(130 if isinstance(error, KeyboardInterrupt) else 1)
         raise
 
 
-def _flow(execution: Execution, board: Board, url: str, parameters: dict[str, Any]) -> Ending:
+def _flow(execution: Execution, board: Board, url: str, ready: "Readiness", parameters: dict[str, Any]) -> Ending:
     """Run the flow under the server at `url`, which answers."""
     from flows.lifecycle import board as shown
     from flows.lifecycle import lifecycle, prepared
@@ -94,7 +97,7 @@ def _flow(execution: Execution, board: Board, url: str, parameters: dict[str, An
 
     prepared.set(execution)
     shown.set(board)
-    with watched(url, partial(_give_up, execution, board, url)):
+    with watched(url, partial(_give_up, execution, board, url), ready.ended):
         with board.live():
             state = lifecycle(**parameters, return_state=True)
         if state.state_details.flow_run_id:
