@@ -33,6 +33,8 @@ class Conversation:
     """What the row says of what it belongs together with, where a column is named for that."""
     unlearned: frozenset[int] = field(default=frozenset(), compare=False)
     """Places of messages that say `learn: false`: fine-tuning leaves them out of its loss."""
+    system_added: bool = field(default=False, compare=False)
+    """Whether its system message is not the row's own but the one for rows that have none."""
 
     @property
     def id(self) -> str:
@@ -43,6 +45,11 @@ class Conversation:
     def opening(self) -> str:
         """See `opening_of`."""
         return opening_of(self.messages)
+
+    @property
+    def system(self) -> str:
+        """See `system_of`; empty where the row has none of its own."""
+        return "" if self.system_added else system_of(self.messages)
 
     @property
     def text(self) -> str:
@@ -73,14 +80,22 @@ def row_id(row: Mapping[str, Any]) -> str:
 
 
 def opening_of(messages: Iterable[tuple[str, str]]) -> str:
-    """Return the digest of what stands before the assistant's first turn: who shares it answers one question.
+    """Return the digest of what the user says before the assistant's first turn.
 
-    System messages do not count, nor do letters' case and white space: as for duplicates, what differs in these alone
-    is the same.
+    Letters' case and white space do not count: as for duplicates, what differs in these alone is the same. What a
+    system message says is `system_of`.
     """
+    return hexdigest(canonical_json([each for each in _before_the_answer(messages) if each[0] != "system"]))[:16]
+
+
+def system_of(messages: Iterable[tuple[str, str]]) -> str:
+    """Return what system messages say before the assistant's first turn, with case and white space as in openings."""
+    return " ".join(content for role, content in _before_the_answer(messages) if role == "system")
+
+
+def _before_the_answer(messages: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     before = takewhile(lambda message: message[0] != "assistant", messages)
-    asked = [(role, " ".join(content.casefold().split())) for role, content in before if role != "system"]
-    return hexdigest(canonical_json(asked))[:16]
+    return [(role, " ".join(content.casefold().split())) for role, content in before]
 
 
 def conversation(
@@ -112,7 +127,8 @@ def conversation(
             f"{row.where}: the assistant speaks before any user; a conversation begins with the user's turn"
         )
     unlearned = _unlearned(row, columns)
-    if system is not None and roles[0] != "system":
+    added = system is not None and roles[0] != "system"
+    if system is not None and added:
         messages = [("system", system), *messages]
         unlearned = frozenset(index + 1 for index in unlearned)
     task = row.values.get("task")
@@ -121,7 +137,7 @@ def conversation(
     # A row without a value belongs with no other, not with all that have none.
     together = None if group is None or row.values[group] in (None, "") else str(row.values[group])
     own_task = task if isinstance(task, Mapping) else None
-    return Conversation(tuple(messages), source, row.where, own_task, together, unlearned)
+    return Conversation(tuple(messages), source, row.where, own_task, together, unlearned, added)
 
 
 def _messages(row: SourceRow, columns: Columns) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from steps.artifacts import Draft, Preferences, PreferencesFacts
 from steps.artifacts.manifest import canonical_json
-from steps.data._conversations import content_of, message_list, opening_of
+from steps.data._conversations import content_of, message_list, opening_of, system_of
 from steps.data._hashing import hexdigest
 from steps.frame.errors import UserError, did_you_mean
 from steps.sources.rows import SourceRow
@@ -34,6 +34,8 @@ class Preference:
     source: str
     group: None = None
     """It belongs to nothing but its question."""
+    system_added: bool = False
+    """As `Conversation.system_added`."""
 
     @property
     def id(self) -> str:
@@ -44,6 +46,11 @@ class Preference:
     def opening(self) -> str:
         """See `opening_of`."""
         return opening_of(self.prompt)
+
+    @property
+    def system(self) -> str:
+        """See `system_of`; empty where the row has none of its own."""
+        return "" if self.system_added else system_of(self.prompt)
 
     @property
     def text(self) -> str:
@@ -72,13 +79,14 @@ def preference(row: SourceRow, source: str, columns: PreferenceColumns, system: 
     prompt = _prompt(cells.get("prompt"), [begin for begin, _ in answers.values()], row.where)
     if prompt[-1][0] != "user":
         raise UserError(f"{row.where}: the prompt ends with the {prompt[-1][0]}'s turn; it must end with the user's")
-    if system is not None and prompt[0][0] != "system":
+    added = system is not None and prompt[0][0] != "system"
+    if system is not None and added:
         prompt = (("system", system), *prompt)
     texts = {side: text for side, (_, text) in answers.items()}
     chosen, rejected = texts.get("chosen"), texts.get("rejected")
     if chosen is not None and rejected is not None and chosen.strip() == rejected.strip():
         raise UserError(f"{row.where}: `chosen` and `rejected` are the same answer; a preference needs two")
-    return Preference(prompt, chosen, rejected, source)
+    return Preference(prompt, chosen, rejected, source, system_added=added)
 
 
 def preferences_draft(out: Path, rows: Sequence[Preference], statistics: Mapping[str, float]) -> Draft:

@@ -1,9 +1,11 @@
 """On which side a row stands, to train, to choose or to test by: decided by its question alone."""
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
-from steps.data._hashing import uniform
+from steps.artifacts.manifest import canonical_json
+from steps.data._hashing import hexdigest, uniform
 from steps.frame.errors import UserError
 
 
@@ -16,8 +18,18 @@ class Sided(Protocol):
         ...
 
     @property
+    def source(self) -> str:
+        """Where it comes from."""
+        ...
+
+    @property
     def opening(self) -> str:
-        """Digest of the question that it answers."""
+        """Digest of what the user asks."""
+        ...
+
+    @property
+    def system(self) -> str:
+        """What its own system message says; empty where it has none."""
         ...
 
     @property
@@ -26,13 +38,32 @@ class Sided(Protocol):
         ...
 
 
-def sides_by_id(rows: Sequence[Sided], seed: int, for_eval: float, for_test: float) -> dict[str, str]:
+def sides_by_id(
+    rows: Sequence[Sided], seed: int, for_eval: float, for_test: float, read: Iterable[Sided] | None = None
+) -> dict[str, str]:
     """Return on which side each row is, by its id: `train`, `eval` or `test`, where these shares are held out.
 
-    What belongs together is on one side: rows hang together by their opening and by their group, directly or through
-    others. The side of each such set depends on the smallest of its groups, or of its openings where it has none: not
+    What belongs together is on one side: rows hang together by their question and by their group, directly or through
+    others. The side of each such set depends on the smallest of its groups, or of its questions where it has none: not
     on the answers, so that a question stays where it is when it is answered anew, or otherwise in another file.
+
+    A question is what the user asks, and in sources that are told apart by their system messages (see
+    `asked_by_system`) what these say, too.
+
+    Args:
+        rows: those that get a side.
+        seed: another one, other sides.
+        for_eval: share of rows that choices are made by.
+        for_test: share of rows for the figures that are quoted.
+        read: all rows of their sources, by which it is known what asks there; `rows` alone when unset.
     """
+    by_system = asked_by_system(rows if read is None else read)
+
+    def question(row: Sided) -> str:
+        # Without a system message of its own a row has the question that it has in every other source.
+        told = row.system if row.source in by_system else ""
+        return hexdigest(canonical_json([row.opening, told]))[:16] if told else row.opening
+
     above: dict[str, str] = {}
 
     def top(name: str) -> str:
@@ -43,7 +74,7 @@ def sides_by_id(rows: Sequence[Sided], seed: int, for_eval: float, for_test: flo
         return name
 
     for row in rows:
-        for name in (f"opening {row.opening}", *([f"group {row.group}"] if row.group is not None else [])):
+        for name in (f"question {question(row)}", *([f"group {row.group}"] if row.group is not None else [])):
             above[top(f"row {row.id}")] = top(name)
     sets: dict[str, list[Sided]] = {}
     for row in rows:
@@ -51,11 +82,28 @@ def sides_by_id(rows: Sequence[Sided], seed: int, for_eval: float, for_test: flo
     found = {}
     for together in sets.values():
         groups = [row.group for row in together if row.group is not None]
-        at = uniform(seed, "side", min(groups or [row.opening for row in together]))
+        at = uniform(seed, "side", min(groups or map(question, together)))
         # A test set takes nothing from the evaluation set, nor the other way round.
         side = "eval" if at < for_eval else "test" if at >= 1 - for_test else "train"
         found.update((row.id, side) for row in together)
     return found
+
+
+def asked_by_system(rows: Iterable[Sided]) -> set[str]:
+    """Return the sources whose rows differ more in their system messages than in what the user asks.
+
+    There the user's words are always alike (`Summarise the document.`, a greeting) and the system message holds the
+    document or the person: it is part of the question. Elsewhere it says how to answer (be brief, think first), and
+    one question asked under two such messages is one question. What counts is how many different ones of each a source
+    has, so that files of one make fall alike, however many rows are taken of them.
+    """
+    systems: dict[str, set[str]] = defaultdict(set)
+    openings: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        openings[row.source].add(row.opening)
+        if row.system:
+            systems[row.source].add(row.system)
+    return {source for source, found in systems.items() if len(found) > len(openings[source])}
 
 
 def check_shares(for_eval: float, for_test: float) -> None:

@@ -29,8 +29,8 @@ class PreparePreferences(StepConfig):
     columns: PreferenceColumns = {}
     """Columns of another layout: `{chosen: better, rejected: worse}`."""
     eval_fraction: float = Field(default=0.05, ge=0, lt=1)
-    """Share of prompts held out for choices. All rows of one opening (what stands before the assistant's first turn)
-    are on one side, the same as in data.prepare with these fractions and this seed."""
+    """Share of prompts held out for choices. All rows of one question are on one side, the same as in data.prepare
+    with these fractions and this seed."""
     test_fraction: float = Field(default=0, ge=0, lt=1)
     """Share of prompts held out for the figures that are quoted, as the output `test`."""
     limit: int | None = Field(default=None, ge=1)
@@ -57,7 +57,7 @@ def prepare_preferences(config: PreparePreferences, job: Job) -> dict[str, Draft
     rows = list(_rows(config, job))
     unique, duplicates = without_exact(rows)
     kept = sorted(unique, key=lambda row: uniform(config.seed, "sample", row.id))[: config.limit]
-    side_of = sides_by_id(kept, config.seed, config.eval_fraction, config.test_fraction)
+    side_of = sides_by_id(kept, config.seed, config.eval_fraction, config.test_fraction, rows)
     sides = {side: [row for row in kept if side_of[row.id] == side] for side in ("train", "eval", "test")}
     _check_sides(config, sides, len(rows))
     counts = {"rows_read": float(len(rows)), "exact_duplicates": float(duplicates)}

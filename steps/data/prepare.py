@@ -34,8 +34,9 @@ class PrepareData(StepConfig):
     """Similarity of word triples from which two rows count as the same; null keeps near duplicates."""
     eval_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Share of rows held out for choices (checkpoints, candidates), by hash and seed. Rows that answer one question
-    (whose messages are the same up to the assistant's first turn) are on the same side: of one data set, and of all
-    that are split with one seed, the same fractions and no `group`."""
+    (whose user's messages are the same up to the assistant's first turn) are on the same side: of one data set, and of
+    all that are split with one seed, the same fractions and no `group`. A source that has more different system
+    messages than questions holds in them what is asked about (a document): there the question is both."""
     test_fraction: float = Field(default=0, ge=0, lt=1)
     """Share of rows held out for the figures that are quoted, as the output `test`: nothing is chosen by them."""
     group: str | None = None
@@ -80,7 +81,7 @@ def prepare_data(config: PrepareData, job: Job) -> dict[str, Draft]:
     unique, exact = without_exact(rows)
     distinct, near = (unique, 0) if config.near_dedup is None else without_near(unique, config.near_dedup)
     kept, too_long = _measured(distinct, config, tokenizer)
-    side_of = sides_by_id([one.row for one in kept], config.seed, config.eval_fraction, config.test_fraction)
+    side_of = sides_by_id([one.row for one in kept], config.seed, config.eval_fraction, config.test_fraction, rows)
     sides = {side: [one for one in kept if side_of[one.row.id] == side] for side in ("train", "eval", "test")}
     counts = {"rows_read": len(rows), "exact_duplicates": exact, "near_duplicates": near, "too_long": too_long}
     _check_sides(config, sides, counts)

@@ -277,6 +277,50 @@ def test_a_question_that_differs_in_case_or_space_or_system_message_is_the_same(
     assert plain.opening != asked(1)[0].opening
 
 
+@pytest.mark.parametrize("kind", ["data.prepare", "data.preferences"])
+@pytest.mark.parametrize(
+    "said",
+    [["Summarise the document."], ["Hi", "hello", "Hey there"]],
+    ids=["a document in the system message", "a person in the system message"],
+)
+def test_rows_that_ask_alike_are_told_apart_by_their_system_messages(
+    bench: Any, jsonl: Callable[[Sequence[Row]], str], kind: str, said: list[str]
+) -> None:
+    def row(number: int) -> Row:
+        asked = {"role": "user", "content": said[number % len(said)]}
+        prompt = [{"role": "system", "content": f"Of {sentence(number)}"}, asked]
+        if kind == "data.preferences":
+            return {"prompt": prompt, "chosen": f"Yes {number}.", "rejected": "No."}
+        return {"messages": [*prompt, {"role": "assistant", "content": f"Yes {number}."}]}
+
+    # One more has no system message: the one for such rows does not tell it from itself elsewhere.
+    lone = row(400)
+    del next(iter(lone.values()))[0]
+    settings = {"eval_fraction": 0.2, **({"near_dedup": None} if kind == "data.prepare" else {})}
+    whole = bench.run(kind, source=jsonl([*map(row, range(400)), lone]), system="Be kind.", **settings)
+    assert 40 < whole["eval"].facts.rows < 120
+    # A part of them falls alike, since the rule is the source's, not that of the rows that are taken.
+    few = bench.run(kind, source=jsonl([*map(row, range(400)), lone]), limit=120, **settings)
+    sides = {name: {answer(each) for each in read_jsonl(side.rows_file)} for name, side in whole.items()}
+    for name, side in few.items():
+        assert {answer(each) for each in read_jsonl(side.rows_file)} <= sides[name]
+
+
+def answer(row: Row) -> str:
+    return row["chosen"] if "chosen" in row else row["messages"][-1]["content"]
+
+
+def test_two_ways_to_answer_one_question_do_not_make_it_two() -> None:
+    """The system message counts in no source that asks more questions than it has system messages."""
+    rows = [
+        Conversation((("system", how), *row.messages[:1], ("assistant", how)), "test", "test")
+        for row in asked(100)
+        for how in ("Think first.", "Be brief.")
+    ]
+    found, plain = sides_by_id(rows, 3, 0.3, 0), sides_by_id(asked(100), 3, 0.3, 0)
+    assert [found[row.id] for row in rows] == [plain[row.id] for row in asked(100) for _ in range(2)]
+
+
 def test_rows_without_a_group_are_no_group(bench: Any, jsonl: Callable[[Sequence[Row]], str]) -> None:
     rows = [{**row, "author": None if index % 2 else f"author {index}"} for index, row in enumerate(pairs(200))]
     for seed in range(3):
