@@ -178,7 +178,8 @@ def picked(
         inside: group in which the reference stands.
 
     Raises:
-        UserError: there is no such step or output, or there are several where one is asked for.
+        UserError: there is no such step or output, or its settings leave that out, or there are several where one is
+            asked for.
     """
     if not found:
         raise loaded.error(place, f"there is no step `{ref.step}`{did_you_mean(ref.step, known)}")
@@ -186,6 +187,8 @@ def picked(
         choice = " or ".join(f"`{written(loaded, each, inside)}`" for each in found)
         raise loaded.error(place, f"`{ref.step}` is a matrix of {len(found)} steps; name one: {choice}")
     for node in found:
+        if why := node.config.not_given.get(ref.output):
+            raise loaded.error(place, f"`{ref}` is not made: in `{node.name}` {why}")
         if ref.output not in node.outputs:
             outputs = [str(Ref(ref.step, output)) for output in node.outputs]
             raise loaded.error(place, f"`{ref}` does not exist{did_you_mean(str(ref), outputs)}")

@@ -116,6 +116,20 @@ def check_shares(for_eval: float, for_test: float) -> None:
         raise ValueError("eval_fraction and test_fraction leave no rows to learn from; make their sum less than 1")
 
 
+def given_sides(shares: Mapping[str, float]) -> list[str]:
+    """Return the sides that are given out: `train`, and those of which a share is asked."""
+    return ["train", *(side for side, share in shares.items() if share)]
+
+
+def sides_not_given(shares: Mapping[str, float]) -> dict[str, str]:
+    """Return the sides of which no share is asked, as `StepConfig.not_given` has them."""
+    return {
+        side: f"`{side}_fraction` is 0, so that there are no rows for it; raise it"
+        for side, share in shares.items()
+        if not share
+    }
+
+
 def check_sides(source: str, sides: Mapping[str, Sequence[object]], shares: Mapping[str, float]) -> None:
     """Refuse a side without rows that was asked for.
 

@@ -1,6 +1,6 @@
 """`data.preferences`: from raw preference rows to a training and an evaluation set in one form, without duplicates."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -16,7 +16,7 @@ from steps.data._preference_rows import (
     preference_statistics,
     preferences_draft,
 )
-from steps.data._sides import check_shares, check_sides, sides_by_id
+from steps.data._sides import check_shares, check_sides, given_sides, sides_by_id, sides_not_given
 from steps.frame import Job, Resources, Source, StepConfig, UserError, step
 from steps.sources import read_rows
 
@@ -32,7 +32,7 @@ class PreparePreferences(StepConfig):
     """Share of prompts held out for choices. All rows of one question are on one side, the same as in data.prepare
     with these fractions and this seed."""
     test_fraction: float = Field(default=0, ge=0, lt=1)
-    """Share of prompts held out for the figures that are quoted, as the output `test`."""
+    """Share of prompts held out for the figures that are quoted, as the output `test`; 0 gives no such output."""
     limit: int | None = Field(default=None, ge=1)
     """Most rows to keep, chosen by hash."""
     system: str | None = None
@@ -43,6 +43,16 @@ class PreparePreferences(StepConfig):
     def _leaves_rows_to_learn(self) -> Self:
         check_shares(self.eval_fraction, self.test_fraction)
         return self
+
+    @property
+    def not_given(self) -> Mapping[str, str]:
+        """The sides of which no share is asked."""
+        return sides_not_given(self.shares)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of rows on each side that is held out."""
+        return {"eval": self.eval_fraction, "test": self.test_fraction}
 
 
 @step(
@@ -58,10 +68,10 @@ def prepare_preferences(config: PreparePreferences, job: Job) -> dict[str, Draft
     unique, duplicates = without_exact(rows)
     kept = sorted(unique, key=lambda row: uniform(config.seed, "sample", row.id))[: config.limit]
     side_of = sides_by_id(kept, config.seed, config.eval_fraction, config.test_fraction, rows)
-    sides = {side: [row for row in kept if side_of[row.id] == side] for side in ("train", "eval", "test")}
+    sides = {side: [row for row in kept if side_of[row.id] == side] for side in given_sides(config.shares)}
     _check_sides(config, sides, len(rows))
     counts = {"rows_read": float(len(rows)), "exact_duplicates": float(duplicates)}
-    numbers = {name: float(len(part)) for name, part in sides.items() if part or name != "test"}
+    numbers = {name: float(len(part)) for name, part in sides.items()}
     job.log_metrics({**counts, **numbers, **preference_statistics(kept)})
     return {
         name: preferences_draft(job.output(name), part, {**counts, **preference_statistics(part)})
@@ -84,4 +94,4 @@ def _check_sides(config: PreparePreferences, sides: dict[str, list[Preference]],
     source = config.source if isinstance(config.source, str) else ", ".join(config.source)
     if not read:
         raise UserError(f"{source}: there are no rows")
-    check_sides(source, sides, {"eval": config.eval_fraction, "test": config.test_fraction})
+    check_sides(source, sides, config.shares)

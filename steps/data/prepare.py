@@ -1,6 +1,6 @@
 """`data.prepare`: from raw rows to sets to train, to choose and to test by, in one form, without duplicates."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -11,7 +11,7 @@ from steps.artifacts import Dataset, DatasetFacts, Draft, Model
 from steps.data._conversations import Columns, Conversation, conversation
 from steps.data._duplicates import without_exact, without_near
 from steps.data._hashing import uniform
-from steps.data._sides import check_shares, check_sides, sides_by_id
+from steps.data._sides import check_shares, check_sides, given_sides, sides_by_id, sides_not_given
 from steps.frame import Follows, Input, Job, Resources, Source, StepConfig, UserError, step
 from steps.sources import read_rows
 
@@ -38,7 +38,8 @@ class PrepareData(StepConfig):
     all that are split with one seed, the same fractions and no `group`. A source that has more different system
     messages than questions holds in them what is asked about (a document): there the question is both."""
     test_fraction: float = Field(default=0, ge=0, lt=1)
-    """Share of rows held out for the figures that are quoted, as the output `test`: nothing is chosen by them."""
+    """Share of rows held out for the figures that are quoted, as the output `test`: nothing is chosen by them; 0 gives
+    no such output."""
     group: str | None = None
     """Column that says which rows belong together, a document or an author: they are on the same side, too."""
     limit: int | None = Field(default=None, ge=1)
@@ -55,6 +56,16 @@ class PrepareData(StepConfig):
     def _leaves_rows_to_learn(self) -> Self:
         check_shares(self.eval_fraction, self.test_fraction)
         return self
+
+    @property
+    def not_given(self) -> Mapping[str, str]:
+        """The sides of which no share is asked."""
+        return sides_not_given(self.shares)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of rows on each side that is held out."""
+        return {"eval": self.eval_fraction, "test": self.test_fraction}
 
 
 @dataclass(frozen=True)
@@ -82,11 +93,11 @@ def prepare_data(config: PrepareData, job: Job) -> dict[str, Draft]:
     distinct, near = (unique, 0) if config.near_dedup is None else without_near(unique, config.near_dedup)
     kept, too_long = _measured(distinct, config, tokenizer)
     side_of = sides_by_id([one.row for one in kept], config.seed, config.eval_fraction, config.test_fraction, rows)
-    sides = {side: [one for one in kept if side_of[one.row.id] == side] for side in ("train", "eval", "test")}
+    sides = {side: [one for one in kept if side_of[one.row.id] == side] for side in given_sides(config.shares)}
     counts = {"rows_read": len(rows), "exact_duplicates": exact, "near_duplicates": near, "too_long": too_long}
     _check_sides(config, sides, counts)
     unit = "words" if tokenizer is None else "tokens"
-    sizes = {name: len(part) for name, part in sides.items() if part or name != "test"}
+    sizes = {name: len(part) for name, part in sides.items()}
     job.log_metrics({**counts, **sizes, **percentiles(kept, unit)})
     job.log_figure(f"{unit}_per_row", _histogram(sides, unit))
     return {name: _write(job, name, part, counts, unit, config.model) for name, part in sides.items()}
@@ -189,7 +200,7 @@ def _check_sides(config: PrepareData, sides: dict[str, list[Measured]], counts: 
             f"; all {counts['too_long']} are longer than max_tokens: {config.max_tokens}" if counts["too_long"] else ""
         )
         raise UserError(f"{source}: no rows are left of the {counts['rows_read']} read{why}")
-    check_sides(source, sides, {"eval": config.eval_fraction, "test": config.test_fraction})
+    check_sides(source, sides, config.shares)
 
 
 def _write(

@@ -2,7 +2,7 @@
 
 import math
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
@@ -225,6 +225,15 @@ class StepConfig(BaseModel):
         None where they give none, or do not say which. A release has one of each.
         """
         return None
+
+    @property
+    def not_given(self) -> Mapping[str, str]:
+        """Outputs of the step that these settings leave out, each with the reason and what would give it.
+
+        The plan refuses a recipe that takes one. An empty set in its place would only be found out by the step that
+        takes it, after all the training that comes before.
+        """
+        return {}
 
     def check_resources(self, resources: Resources) -> None:
         """Check that what the step is granted can run these settings; steps that processes can share say so here.

@@ -59,15 +59,17 @@ class StepKind:
 
     @property
     def outputs(self) -> dict[str, tuple[type[Artifact[Any]], ...]]:
-        """Kinds that each output may be."""
+        """Kinds that each output may be; a config may leave some of them out (`StepConfig.not_given`)."""
         return {name: self._choice(declared) for name, declared in self.produces.items()}
 
     def outputs_of(
         self, config: StepConfig, given: Mapping[str, type[Artifact[Any]]]
     ) -> dict[str, type[Artifact[Any]]]:
-        """Kind of each output for this config and for the kinds of its inputs, by field."""
+        """Kind of each output that this config gives, for the kinds of its inputs, by field."""
         found = {}
         for name, declared in self.produces.items():
+            if name in config.not_given:
+                continue
             choice = self._choice(declared)
             if isinstance(declared, Like):
                 found[name] = given.get(declared.field, choice[0])
@@ -109,7 +111,7 @@ def step(
     The function takes its config (inputs already resolved to artifacts) and a `Job`, and returns a draft, or one
     draft per output. `name` must be the module's own path, so that a kind is found without a table. `produces` is
     one artifact kind, a tuple of kinds among which the config's method `produced()` chooses, `Like("field")` for the
-    kind of an input, or a mapping for several outputs.
+    kind of an input, or a mapping for several outputs, of which the config's `not_given` may leave out some.
     """
 
     def register(run: Callable[[C, Any], Any]) -> Callable[[C, Any], Any]:

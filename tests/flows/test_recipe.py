@@ -156,6 +156,17 @@ def test_unknown_output(recipe: Build) -> None:
     assert "`data.trian` does not exist; did you mean `data.train`?" in message
 
 
+def test_an_output_that_the_settings_leave_out_names_the_key_that_gives_it(recipe: Build) -> None:
+    score = "  score: {uses: evaluate.tasks, candidates: [merged], data: data.test}\npublish"
+    message = refusal(recipe, ("publish", score))
+    assert "steps.score.data: `data.test` is not made: in `data` `test_fraction` is 0, so that there are no" in message
+    asked = recipe(("publish", score), overrides=("steps.data.test_fraction=0.1",))
+    assert set(asked.nodes["data"].outputs) == {"train", "eval", "test"}
+    overrides = ("steps.data.eval_fraction=0",)
+    evaluated = "  score: {uses: evaluate.tasks, candidates: [merged], data: data.eval}\npublish"
+    assert "`eval_fraction` is 0, so" in refusal(recipe, ("publish", evaluated), overrides=overrides)
+
+
 def test_wrong_kind_names_both_ends_and_what_would_fit(recipe: Build) -> None:
     message = refusal(recipe, ("model: merged, matrix", "model: sft, matrix"))
     assert "quantize.gguf takes a Model here, `sft` (train.sft) gives an Adapter; `merged` would fit" in message

@@ -68,7 +68,8 @@ def before(sorting_model: Any, compared: dict[str, Preferences]) -> list[bool]:
 
 def prepared(bench: Any, source: str, **config: Any) -> tuple[list[Row], list[Row]]:
     sides = bench.run("data.preferences", source=source, **config)
-    return list(read_jsonl(sides["train"].rows_file)), list(read_jsonl(sides["eval"].rows_file))
+    held_out: list[Row] = list(read_jsonl(sides["eval"].rows_file)) if "eval" in sides else []
+    return list(read_jsonl(sides["train"].rows_file)), held_out
 
 
 def refusal(bench: Any, kind: str, inputs: Any = None, **config: Any) -> str:
