@@ -7,7 +7,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from steps.artifacts import Adapter, Dataset, Draft, Model, RewardModel, Samples, SamplesFacts
-from steps.frame import Input, Job, Resources, UserError, step
+from steps.frame import Input, Job, Resources, step
 from steps.lm.generate import Sampling, check_budgets
 from steps.lm.tasks import PASSED, Rollout, Task, pass_rate
 from steps.train.rewards import LIBRARIES as VERIFIERS
@@ -59,8 +59,6 @@ def sample_data(config: SampleData, job: Job) -> Draft:
     from steps.lm.sampler import Sampler
 
     rows = list(islice(read_jsonl(config.data.rows_file), config.rows))
-    if not rows:
-        raise UserError(f"step `{job.name}`: `data` has no rows; give prompts to sample answers to")
     with Sampler(config.model, config.adapter, config, job) as sampler:
         rollouts = sampler.answers(
             [Task.of(row) for row in rows],

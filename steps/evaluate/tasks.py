@@ -93,8 +93,6 @@ def evaluate_tasks(config: EvaluateTasks, job: Job) -> Draft:
 
     names = candidate_names("evaluate.tasks", config.names, len(config.candidates))
     tasks = read_tasks(config.data, config.rows)
-    if not tasks:
-        raise UserError(f"step `{job.name}`: `data` has no rows; give tasks to solve")
     answers = [_answers(config, name, index, tasks, job) for index, name in enumerate(names)]
     out = job.output()
     scorer = _scorer(config)

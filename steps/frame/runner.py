@@ -106,7 +106,12 @@ def _pin_code(spec: StepSpec) -> None:
 
 
 def _resolve(kind: StepKind, spec: StepSpec) -> tuple[StepConfig, dict[str, Parent]]:
-    """Build the config with artifacts in place of references, and the parents by role."""
+    """Build the config with artifacts in place of references, and the parents by role.
+
+    Raises:
+        UserError: they do not agree with the settings, or a set of rows is empty. No step makes one, and none has a use
+            for one: it is said here once, before any model is loaded.
+    """
     store = Store(spec.store)
     values: dict[str, Any] = dict(spec.config)
     parents: dict[str, Parent] = {}
@@ -114,6 +119,11 @@ def _resolve(kind: StepKind, spec: StepSpec) -> tuple[StepConfig, dict[str, Pare
     def opened(role: str, item: InputSpec) -> Artifact[Any]:
         artifact = store.open(item.digest)
         parents[role] = Parent(kind=artifact.kind, digest=artifact.digest)
+        if getattr(artifact.facts, "rows", None) == 0:
+            field, _, index = role.partition(".")
+            place = f"entry {int(index) + 1} of `{field}`" if index else f"`{field}`"
+            made_by = artifact.manifest.step
+            raise UserError(f"step `{spec.name}`: {place} (from {made_by}) has no rows; name a set that has some")
         return artifact
 
     for field, items in spec.inputs.items():

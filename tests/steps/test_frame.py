@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from steps.artifacts import Manifest, Store, digest_tree
+from steps.artifacts import Dataset, DatasetFacts, Manifest, Store, digest_tree
 from steps.frame import Resources, StepConfig, all_kinds, load_kind
 from steps.frame.config import edges_of
 from steps.frame.launch import Launcher
 from steps.frame.spec import InputSpec, StepSpec
 from tests.conftest import Bench
+from tests.steps.conftest import publish, sum_row
 
 TINY = {"hidden": 32, "layers": 1, "vocabulary": 300, "pretrain_steps": 2}
 
@@ -256,3 +257,23 @@ def test_what_is_no_spec_is_one_sentence_and_code_2(content: str | None, why: st
     assert ended.stderr.startswith(f"{spec}: ")
     assert why in ended.stderr
     assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("train.grpo", {"rewards": [{"kind": "exact"}], "batch_size": 8, "max_steps": 1}),
+        ("train.sft", {"max_steps": 1}),
+        ("evaluate.tasks", {}),
+    ],
+)
+def test_an_empty_set_is_refused_before_the_step_begins(bench: Bench, kind: str, settings: dict[str, Any]) -> None:
+    rows = [sum_row(left, 3) for left in range(8)]
+    full, empty = (
+        publish(bench, Dataset, f"{kind} {len(part)}", part, DatasetFacts(rows=len(part))) for part in (rows, [])
+    )
+    model = bench.run("model.pico", **TINY)[""]
+    trained = {"model": model, "data": full, "eval": empty}
+    result = bench.attempt(kind, {"candidates": [model], "data": empty} if "evaluate" in kind else trained, **settings)
+    assert result.status == "refused"
+    assert f"`{'data' if 'evaluate' in kind else 'eval'}` (from test) has no rows" in result.message
