@@ -1,6 +1,7 @@
 """`data.mix`: several data sets in given shares, with thinking or without."""
 
 import itertools
+import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ class MixData(StepConfig):
     """Rows in all; when unset, as many as the shares allow, which cuts every part to the one that is short. No row is
     taken twice."""
     union: bool = False
-    """Take every row of every part, each once, in place of shares."""
+    """Take every row of every part, each once, in place of shares; of equal rows the one that has a task."""
     seed: int = 0
 
     @model_validator(mode="after")
@@ -63,7 +64,7 @@ def mix_data(config: MixData, job: Job) -> Draft:
     ]
     rows = [row for _, _, row in sorted(drawn, key=lambda each: each[:2])]
     if config.union:
-        rows = list({row_id(row): row for row in rows}.values())
+        rows = _each_once(rows)
     rows = _with_ids_of_their_own(rows)
     _tell_left_out(job, counts, available)
     out = job.output()
@@ -72,6 +73,24 @@ def mix_data(config: MixData, job: Job) -> Draft:
     statistics["thinking"] = float(sum(thinks(row) for row in rows))
     job.log_metrics({"rows": len(rows), **statistics})
     return Dataset.draft(out, DatasetFacts(rows=len(rows), statistics=statistics))
+
+
+def _each_once(rows: Sequence[Row]) -> list[Row]:
+    """Return equal rows once: those of the same messages, of which the same are learned, and of the same task.
+
+    A row without a task is left out where another has the same messages and a task: that can be verified too.
+    """
+
+    def said(row: Row) -> str:
+        return f"{row_id(row)} {[message.get('learn') is not False for message in row['messages']]}"
+
+    verified = {said(row) for row in rows if row.get("task")}
+    found: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        task = row.get("task") or None
+        if task is not None or said(row) not in verified:
+            found.setdefault((said(row), json.dumps(task, sort_keys=True)), row)
+    return list(found.values())
 
 
 def _with_ids_of_their_own(rows: Sequence[Row]) -> list[Row]:

@@ -88,7 +88,8 @@ class Measured:
 def prepare_data(config: PrepareData, job: Job) -> dict[str, Draft]:
     """Read, deduplicate, measure, limit, split, write."""
     tokenizer = _tokenizer(config)
-    rows = list(_conversations(config, job))
+    # Of duplicates the first stays: one that has a task can be verified too.
+    rows = sorted(_conversations(config, job), key=lambda row: row.task is None)
     unique, exact = without_exact(rows)
     distinct, near = (unique, 0) if config.near_dedup is None else without_near(unique, config.near_dedup)
     kept, too_long = _measured(distinct, config, tokenizer)

@@ -111,3 +111,29 @@ def test_a_union_takes_every_row_once_and_a_mix_says_what_it_left_out(
     assert "these rows are left out: 39 of 40 of part 1 (`union: true` takes all)" in log
     with pytest.raises(ValidationError, match="union: it takes every row"):
         load_kind("data.mix").config.model_validate({"parts": ["a", "b"], "union": True, "rows": 3})
+
+
+def test_a_union_keeps_the_task_of_a_row_and_tells_two_tasks_apart(bench: Bench) -> None:
+    def part(name: str, **more: Any) -> Dataset:
+        return publish(bench, Dataset, name, [{**row(7, "Just 7.", name), **more}], DatasetFacts(rows=1))
+
+    bare, seven, eight = part("bare"), part("seven", task={"is": 7}), part("eight", task={"is": 8})
+    unlearned = row(7, "Just 7.", "unlearned")
+    unlearned["messages"][1]["learn"] = False
+    other = publish(bench, Dataset, "unlearned", [unlearned], DatasetFacts(rows=1))
+    for parts, tasks in (
+        ([bare, seven], [7]),
+        ([seven, bare], [7]),
+        ([seven, bare, eight, seven], [7, 8]),
+        ([bare, other, bare], [0, 0]),
+    ):
+        rows = rows_of(bench.run("data.mix", {"parts": parts}, union=True)[""])
+        assert sorted(each.get("task", {}).get("is", 0) for each in rows) == tasks
+        assert len({each["id"] for each in rows}) == len(rows)
+
+
+def test_an_empty_part_is_refused_before_anything_is_read(bench: Bench, plain: Dataset) -> None:
+    empty = publish(bench, Dataset, "empty", [], DatasetFacts(rows=0))
+    result = bench.attempt("data.mix", {"parts": [plain, empty]}, union=True)
+    assert result.status == "refused"
+    assert result.message == "step `mix`: entry 2 of `parts` (from test) has no rows; name a set that has some"

@@ -322,6 +322,16 @@ def test_two_ways_to_answer_one_question_do_not_make_it_two() -> None:
     assert [found[row.id] for row in rows] == [plain[row.id] for row in asked(100) for _ in range(2)]
 
 
+@pytest.mark.parametrize("near", [None, 0.8])
+def test_of_duplicates_the_one_with_a_task_stays(
+    bench: Any, jsonl: Callable[[Sequence[Row]], str], near: float | None
+) -> None:
+    bare = pairs(3)
+    tasks = [{**row, "answer": row["answer"] + (" so" if near else ""), "task": {"is": 7}} for row in bare]
+    train, _ = prepared(bench, jsonl([*bare, *tasks]), near_dedup=near, eval_fraction=0)
+    assert [row.get("task") for row in train] == [{"is": 7}] * 3
+
+
 def test_rows_without_a_group_are_no_group(bench: Any, jsonl: Callable[[Sequence[Row]], str]) -> None:
     rows = [{**row, "author": None if index % 2 else f"author {index}"} for index, row in enumerate(pairs(200))]
     for seed in range(3):
