@@ -29,6 +29,8 @@ class DatasetFacts(Facts):
     template_sha256: str | None = None
     """Chat template by which the rows' lengths were measured."""
     statistics: Mapping[str, float] = {}
+    made_of: tuple[str, ...] = ()
+    """sha256 of the rows from which a step drew or made these (a mix, a filter), and of those behind them."""
 
 
 class SamplesFacts(Facts):
@@ -41,6 +43,8 @@ class SamplesFacts(Facts):
     pass_rate: float | None = None
     """Mean share of answers that the verifier passed; None where none was asked."""
     statistics: Mapping[str, float] = {}
+    made_of: tuple[str, ...] = ()
+    """As `DatasetFacts.made_of`."""
 
 
 class PreferencesFacts(Facts):
@@ -50,6 +54,8 @@ class PreferencesFacts(Facts):
     paired: bool
     """Whether every row has both sides; unpaired rows (liked or disliked alone) are for KTO."""
     statistics: Mapping[str, float] = {}
+    made_of: tuple[str, ...] = ()
+    """As `DatasetFacts.made_of`."""
 
 
 class ModelFacts(Facts):
@@ -71,7 +77,8 @@ class ModelFacts(Facts):
     origin: str | None = None
     """URI of the pretrained model at the root of the lineage."""
     chosen_on: tuple[str, ...] = ()
-    """sha256 of the rows by which it, or what it was made of, was chosen; on them it looks better than it is."""
+    """sha256 of the rows by which it, or what it was made of, was chosen, and of those behind them (`made_of`); on all
+    of these it looks better than it is."""
 
 
 class FourBit(Facts):
@@ -123,6 +130,8 @@ class ReportFacts(Facts):
     metrics: Mapping[str, float]
     rows_sha256: str = ""
     """Of the `rows.jsonl` that the models were measured on; empty where it is about none."""
+    made_of: tuple[str, ...] = ()
+    """sha256 of all rows among its inputs, and of those from which these were made."""
 
 
 class PackageFacts(Facts):
@@ -150,6 +159,12 @@ class Artifact(Generic[F]):
         """Of its `rows.jsonl`: the same for equal rows, whatever step made them; its own digest where it has none."""
         entry = self.manifest.files.get("rows.jsonl")
         return entry.sha256 if entry else self.digest
+
+    @property
+    def all_rows(self) -> set[str]:
+        """sha256 of its rows and of those from which they were made; of a report, of those that it is about."""
+        own = getattr(self.facts, "rows_sha256", self.rows_sha256)
+        return {*([own] if own else []), *getattr(self.facts, "made_of", ())}
 
     def __repr__(self) -> str:
         return f"{self.kind}({self.digest[:12]} at {self.path})"

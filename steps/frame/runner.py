@@ -9,13 +9,13 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from steps.artifacts import Artifact, Draft, Facts, Manifest, Parent, Report, Store, digest_tree
+from steps.artifacts import Artifact, Draft, Facts, Manifest, Parent, Store, digest_tree
 from steps.frame.code import code_modules, digest_modules
 from steps.frame.config import StepConfig, choices_of, edges_of
 from steps.frame.errors import PartDone, UserError, first_complaint
@@ -157,7 +157,7 @@ def _publish(
         key=spec.key,
         config=spec.config,
         libraries=kind.library_versions(config),
-        facts=_with_choices(draft.facts, config).as_plain(),
+        facts=_with_rows_behind(_with_choices(draft.facts, config), config).as_plain(),
     )
     return store.publish(draft.path, manifest)
 
@@ -167,20 +167,35 @@ def _with_choices(facts: Facts, config: StepConfig) -> Facts:
     if "chosen_on" not in type(facts).model_fields:
         return facts
     found: set[str] = set(getattr(facts, "chosen_on", ()))
-    for field in edges_of(type(config)):
-        given = getattr(config, field)
-        for artifact in given if isinstance(given, list) else [given] if given is not None else []:
-            found.update(getattr(artifact.facts, "chosen_on", ()))
+    for artifact in _inputs(config):
+        found.update(getattr(artifact.facts, "chosen_on", ()))
     for field in choices_of(type(config)):
         if (chooser := getattr(config, field)) is not None:
-            found.update(_rows_behind(chooser))
+            found.update(chooser.all_rows)
     return facts.model_copy(update={"chosen_on": tuple(sorted(found))})
 
 
-def _rows_behind(chooser: Artifact[Any]) -> set[str]:
-    """Return the sha256 of the rows: themselves, or those that a report is about."""
-    known = chooser.facts.rows_sha256 if isinstance(chooser, Report) else chooser.rows_sha256
-    return {known} if known else set()
+def _with_rows_behind(facts: Facts, config: StepConfig) -> Facts:
+    """Return the facts of rows, or of a report on rows, with those from which the step made them.
+
+    Only which sets they were, not which rows: of two that were mixed or filtered from one set it is known that they may
+    share some.
+    """
+    if "made_of" not in type(facts).model_fields:
+        return facts
+    found = {
+        each
+        for artifact in _inputs(config)
+        if "made_of" in type(artifact.facts).model_fields
+        for each in artifact.all_rows
+    }
+    return facts.model_copy(update={"made_of": tuple(sorted(found))})
+
+
+def _inputs(config: StepConfig) -> Iterator[Artifact[Any]]:
+    for field in edges_of(type(config)):
+        given = getattr(config, field)
+        yield from given if isinstance(given, list) else [given] if given is not None else []
 
 
 def _check_outputs(kind: StepKind, config: StepConfig, drafts: Mapping[str, Draft]) -> None:

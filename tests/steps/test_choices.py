@@ -8,7 +8,7 @@ import pytest
 from steps.artifacts import Dataset, DatasetFacts
 from steps.evaluate._notes import chosen_on, more_stops
 from steps.lm.rows import read_jsonl
-from tests.steps.conftest import publish
+from tests.steps.conftest import publish, sum_row
 
 SHORT = {"batch_size": 16, "max_steps": 4, "dtype": "float32", "checkpoint_steps": 2}
 
@@ -71,6 +71,25 @@ def test_equal_rows_that_another_step_made_are_the_same_rows(bench: Any, sorting
     )
     assert again.digest != sorting["eval"].digest
     assert len(chosen_on({"a": chosen}, again)) == 1
+
+
+def test_a_choice_is_told_of_rows_that_were_mixed_of_those_of_the_choice_or_the_other_way_round(bench: Any) -> None:
+    held, exam = (
+        publish(bench, Dataset, f"by {start}", [sum_row(start, n) for n in range(9)], DatasetFacts(rows=9))
+        for start in (3, 5)
+    )
+    mixed = bench.run("data.mix", {"parts": [held]})[""]
+    both = bench.run("data.mix", {"parts": [mixed, exam]}, union=True)[""]
+    assert set(both.facts.made_of) == {held.rows_sha256, mixed.rows_sha256, exam.rows_sha256}
+    model = bench.run("model.pico", hidden=32, layers=1, vocabulary=300, pretrain_steps=0)[""]
+    for by, very, kin in ((held, (held,), (mixed, both)), (mixed, (mixed, held), (both,))):
+        asked = {"names": ["one", "two"], "max_new_tokens": 2, "dtype": "float32"}
+        report = bench.run("evaluate.tasks", {"candidates": [model, model], "data": by}, **asked)[""]
+        inputs = {"candidates": [model, model], "report": report}
+        best = {"a": bench.run("evaluate.best", inputs, names=["one", "two"])[""]}
+        assert all("`a` was chosen by these very rows" in chosen_on(best, data)[0] for data in very)
+        assert all("an origin in common with these" in chosen_on(best, data)[0] for data in kin)
+        assert chosen_on(best, exam) == []
 
 
 def test_notes_are_sentences_for_one_and_for_several(sorting: Any, chosen: Any, sorting_model: Any) -> None:
