@@ -4,6 +4,7 @@ It stands where InstructGPT has PPO: TRL carries no PPO trainer any more, and on
 PPO without a value model (Ahmadian et al. 2024).
 """
 
+from collections.abc import Mapping
 from typing import Self
 
 from pydantic import Field, model_validator
@@ -34,6 +35,11 @@ class TrainRloo(RlTraining):
         if isinstance(self.rollouts, VllmRollouts) and "importance_cap" in self.rollouts.model_fields_set:
             raise ValueError("rollouts.importance_cap: RLOO does not weigh tokens by importance; leave it out")
         return self
+
+    @property
+    def never_logged(self) -> Mapping[str, str]:
+        """As for any; and the share of tokens that CISPO caps, which is a loss of GRPO's."""
+        return {**super().never_logged, "cispo_clip_ratio": "only `train.grpo` with loss: cispo has it"}
 
 
 @step(

@@ -88,6 +88,12 @@ def test_a_setting_that_would_do_nothing_is_refused(settings: dict[str, Any], sa
         )
 
 
+def test_rloo_refuses_a_condition_on_what_only_grpo_logs() -> None:
+    settings = {"rewards": [{"kind": "exact"}], "stop_when": [{"metric": "cispo_clip_ratio", "above": 0.5}]}
+    with pytest.raises(ValueError, match=r"`cispo_clip_ratio` is never logged here: only `train\.grpo`"):
+        load_kind("train.rloo").config.model_validate({"model": "m", "data": "d", **settings})
+
+
 @pytest.mark.parametrize("kind", ["train.grpo", "train.rloo"])
 @pytest.mark.parametrize(
     ("settings", "said"),
