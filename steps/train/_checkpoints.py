@@ -33,7 +33,8 @@ def train(trainer: "Trainer", job: Job) -> None:
         trainer.optimizer = muon_for(trainer.model, trainer.args.learning_rate, trainer.args.weight_decay)
     from steps.train._divergence import FailOnDivergence
 
-    trainer.add_callback(FailOnDivergence(job))
+    # Before those that report: a skipped step's gradients are no figure of theirs.
+    trainer.callback_handler.callbacks.insert(0, FailOnDivergence(job, trainer))
     last = last_checkpoint(checkpoints(job))
     if last:
         job.log.info("resuming from %s", last.name)

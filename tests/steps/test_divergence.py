@@ -1,14 +1,19 @@
 """A training that diverged ends in a sentence, never in an artifact; dropout that was asked for is not turned off."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from steps.artifacts import Model, Preferences, PreferencesFacts
-from steps.frame import load_kind
+from steps.frame import Job, load_kind
 from steps.frame.errors import ProofFailed
 from steps.lm.checkpoint import load_model
+from steps.train._checkpoints import train
 from steps.train._preference_rate import preference_rate
 from steps.train._preference_tokens import Pair
 from tests.conftest import Bench
@@ -86,6 +91,62 @@ def test_a_setting_that_would_do_nothing_is_refused(settings: dict[str, Any], sa
         load_kind("train.grpo").config.model_validate(
             {"model": "m", "data": "d", "rewards": [{"kind": "exact"}], **settings}
         )
+
+
+class Seen(TrainerCallback):
+    """Notes what is logged, as callbacks that report do."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, Any]] = []
+
+    def on_log(self, *_: Any, logs: dict[str, Any], **__: Any) -> None:
+        self.logs.append(dict(logs))
+
+
+@pytest.fixture
+def scaled(
+    fresh: Callable[[], Bench], sorting: Any, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    """Train some steps in float16, its gradients scaled as on GPUs; return what was logged and the last scale."""
+
+    def run(steps: int, optimizer: str, backoff: float) -> Any:
+        bench, seen = fresh(), Seen()
+        spec = bench.spec("train.sft", {"model": model, "data": sorting["eval"]})
+        spec.work.mkdir(parents=True)
+        job = Job(spec)
+        arguments = TrainingArguments(
+            str(job.scratch),
+            max_steps=steps,
+            optim=optimizer,
+            logging_steps=1,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+        )
+        rows: Any = [{"input_ids": [1, 5, 6, 2], "labels": [1, 5, 6, 2]}] * 8
+        trainer = Trainer(load_model(model.path, "float32"), arguments, train_dataset=rows, callbacks=[seen])
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, backoff_factor=backoff)
+        trainer.accelerator.native_amp = True
+        monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", "fp16")
+        train(trainer, job)
+        return seen.logs, trainer.accelerator.scaler.get_scale()
+
+    return run
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused"])
+def test_a_scale_that_is_too_high_skips_steps_and_the_training_goes_on(scaled: Any, optimizer: str) -> None:
+    logs, scale = scaled(8, optimizer, 2.0**-6)
+    assert scale < 2.0**30
+    losses = [each["loss"] for each in logs if "loss" in each]
+    norms = [each["grad_norm"] for each in logs if "grad_norm" in each]
+    assert len(losses) == 8 and losses[-1] < losses[0]
+    assert 0 < len(norms) < 8 and all(norm < float("inf") for norm in norms)
+
+
+def test_gradients_that_no_scale_helps_are_a_divergence(scaled: Any) -> None:
+    with pytest.raises(ProofFailed, match="of 20 steps in a row do not fit float16, at step 20"):
+        scaled(25, "adamw_torch_fused", 0.9999)
 
 
 def test_rloo_refuses_a_condition_on_what_only_grpo_logs() -> None:
