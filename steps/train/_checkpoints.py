@@ -61,6 +61,12 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def resume_step(job: Job) -> int:
+    """Return the optimizer step after which a training would go on now; 0 where it would begin anew."""
+    last = last_checkpoint(checkpoints(job))
+    return int(last.name.rpartition("-")[2]) if last else 0
+
+
 def _is_complete(state: Path) -> bool:
     # The state ends with a closing brace; a kill while it was written leaves it without.
     return state.exists() and state.read_text(encoding="utf-8").rstrip().endswith("}")

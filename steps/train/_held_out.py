@@ -17,6 +17,7 @@ from steps.lm.chat import render, token_ids
 from steps.lm.generate import opened_thinking, text_of
 from steps.lm.tasks import Rollout, read_tasks
 from steps.train._audits import Audits
+from steps.train._checkpoints import resume_step
 from steps.train._divided import is_divided, whole_state
 from steps.train._online import end, random_state, set_random_state
 from steps.train._rl import RlTraining, best_folder
@@ -55,7 +56,7 @@ class HeldOut(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Measure the model as it came; after a restart, as it is where that look failed or was lost."""
         due = state.global_step % self.config.eval_steps == 0
-        if not state.global_step or (due and state.global_step not in dict(self.history)):
+        if not state.global_step or not self.history or (due and state.global_step not in dict(self.history)):
             self._look(state.global_step, control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -65,12 +66,12 @@ class HeldOut(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Look at the last step too."""
-        if self.history and self.history[-1][0] != state.global_step:
+        if not self.history or self.history[-1][0] != state.global_step:
             self._look(state.global_step, control)
 
     def best(self) -> Path:
         """Say which checkpoint did best; return the file of its trained weights."""
-        step, score = max(self.history, key=lambda each: (each[1], -each[0]))
+        step, score = _best(self.history)
         self.job.log_metrics({"held_out/best": score, "held_out/best_step": step})
         if step:
             self.job.log.info("the best checkpoint on held-out tasks is that of step %d: %.4g", step, score)
@@ -78,7 +79,7 @@ class HeldOut(TrainerCallback):
             self.job.log.warning(
                 "no step answered held-out tasks better than the start (%.4g): its weights stay", score
             )
-        return best_folder(self.job) / "weights.safetensors"
+        return self._weights(step)
 
     def _look(self, step: int, control: TrainerControl) -> None:
         rollouts = self._answer()
@@ -90,32 +91,52 @@ class HeldOut(TrainerCallback):
         score = math.fsum(each for each, _ in found) / len(found)
         self.history = [each for each in self.history if each[0] < step]
         if not self.history or score > max(seen for _, seen in self.history):
-            self._keep()
+            self._keep(step)
         self.history.append((step, score))
         if self.trainer.accelerator.is_main_process:
             write_atomic(best_folder(self.job) / "history.json", json.dumps(self.history).encode())
+            self._drop_others()
         values = {"held_out": score, "held_out/tokens": sum(tokens for _, tokens in found) / len(found)}
         end(self.audits.record(step, values), self.job, control)
 
-    def _keep(self) -> None:
-        """Save what is trained, in place of the best before."""
+    def _keep(self, step: int) -> None:
+        """Save what is trained, beside the best before."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         whole = whole_state(self.trainer) if is_divided() else dict(model.named_parameters())
         trained = [name for name, each in model.named_parameters() if each.requires_grad]
         if self.trainer.accelerator.is_main_process:
             partial = best_folder(self.job) / "weights.partial"
             save_file({name: whole[name].detach().contiguous() for name in trained}, partial)
-            partial.replace(best_folder(self.job) / "weights.safetensors")
+            partial.replace(self._weights(step))
+
+    def _drop_others(self) -> None:
+        """Delete all weights but the best, and the best that there was at the last checkpoint: a restart needs it."""
+        last = resume_step(self.job)
+        until_then = [each for each in self.history if each[0] <= last]
+        needed = {self._weights(_best(looks)[0]) for looks in (self.history, until_then) if looks}
+        for file in best_folder(self.job).glob("weights-*.safetensors"):
+            if file not in needed:
+                file.unlink()
+
+    def _weights(self, step: int) -> Path:
+        return best_folder(self.job) / f"weights-{step}.safetensors"
 
     def _read_best(self) -> None:
+        """Read the looks up to where training goes on; those after it are made again, and may come out otherwise."""
         best_folder(self.job).mkdir(exist_ok=True)
         file = best_folder(self.job) / "history.json"
         try:
-            self.history = [(int(step), float(score)) for step, score in json.loads(file.read_bytes())]
+            looks = [(int(step), float(score)) for step, score in json.loads(file.read_bytes())]
         except FileNotFoundError:
             return
         except (ValueError, TypeError):
             self.job.log.warning("%s cannot be read: the best checkpoint is looked for from here on", file)
+            return
+        last = resume_step(self.job)
+        self.history = [each for each in looks if each[0] <= last]
+        while self.history and not self._weights(step := _best(self.history)[0]).exists():
+            self.job.log.warning("the weights of step %d are gone: the best checkpoint is another", step)
+            self.history = [each for each in self.history if each[0] != step]
 
     def _answer(self) -> list[Rollout]:
         """Answer this process's share of the tasks, by whatever samples the rollouts."""
@@ -140,3 +161,8 @@ class HeldOut(TrainerCallback):
             )
             for task, prompt, each in zip(own, prompts, written, strict=False)
         ]
+
+
+def _best(history: list[tuple[int, float]]) -> tuple[int, float]:
+    """Return the best look, of equal ones the first."""
+    return max(history, key=lambda each: (each[1], -each[0]))

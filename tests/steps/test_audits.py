@@ -68,8 +68,9 @@ def test_a_history_that_a_kill_cut_is_read_and_written_on(job: Job) -> None:
 def test_a_best_checkpoint_whose_history_is_unreadable_is_looked_for_anew(content: bytes, job: Job) -> None:
     best_folder(job).mkdir()
     (best_folder(job) / "history.json").write_bytes(content)
-    held_out: Any = SimpleNamespace(job=job, history=[])
-    HeldOut._read_best(held_out)
+    held_out = HeldOut.__new__(HeldOut)
+    held_out.job, held_out.history = job, []
+    held_out._read_best()
     assert held_out.history == []
 
 

@@ -76,3 +76,81 @@ def test_a_look_that_fails_is_made_up_for_and_changes_nothing(
     found = attempt(disturbed)
     assert looks(disturbed) == looks(calm)
     assert found.outputs == expected.outputs
+
+
+SCRIPTED = """
+from pathlib import Path
+
+def check(rollouts):
+    script = Path({script!r})
+    if len(rollouts) != 12:
+        return letters(rollouts)
+    score, *rest = script.read_text().split()
+    if score == "fail":
+        raise OSError("the checker is away")
+    script.write_text(" ".join(rest))
+    return [float(score)] * 12
+
+def letters(rollouts):
+    return [each.text.count("e") + len(each.text) / 100 for each in rollouts]
+"""
+"""A verifier that scores each look as a file says: as if looks came out otherwise when made again, as on a GPU."""
+
+
+@pytest.fixture
+def scripted(bench: Bench, tmp_path: Path) -> Callable[..., StepResult]:
+    """Train at a place, its looks scored by a script."""
+    script = tmp_path / "script"
+    (tmp_path / "verifier.py").write_text(SCRIPTED.format(script=str(script)))
+    rows = [sum_row(left, right) for left in range(6) for right in range(6)]
+    model = untrained(bench, 52)
+    data, held = (
+        publish(bench, Dataset, f"{tmp_path.name}-{len(part)}", part, DatasetFacts(rows=len(part)))
+        for part in (rows[:24], rows[24:])
+    )
+
+    def attempt(place: Bench, scores: str, **config: Any) -> StepResult:
+        script.write_text(scores)
+        return place.attempt(
+            "train.grpo",
+            {"model": model, "data": data, "eval": held},
+            adapter={"kind": "lora", "rank": 4},
+            rewards=[{"kind": "user", "path": f"{tmp_path}/verifier.py:letters"}],
+            verifier={"kind": "user", "path": f"{tmp_path}/verifier.py:check"},
+            **{"batch_size": 8, "group_size": 4, "max_new_tokens": 6, "dtype": "float32", "warmup": 0},
+            **{"learning_rate": 2e-2, "schedule": "constant_with_warmup"},
+            **config,
+        )
+
+    return attempt
+
+
+def test_after_a_restart_the_weights_are_those_of_the_best_look_that_still_counts(
+    fresh: Callable[[], Bench], scripted: Callable[..., StepResult]
+) -> None:
+    """Look 4 was the best, but training goes on from step 3, and then look 4 comes out worse than look 2 did."""
+    calm, disturbed = fresh(), fresh()
+    settings = {"max_steps": 6, "eval_steps": 1, "updates_per_rollout": 3, "checkpoint_steps": 3}
+    expected = scripted(calm, "0.1 0.2 0.5 0.3 0.4 0.3 0.3", **settings)
+    assert "the checker is away" in scripted(disturbed, "0.1 0.2 0.5 0.3 0.6 fail", **settings).message
+    best = next(disturbed.root.glob("work/*/scratch/best"))
+    assert sorted(file.name for file in best.glob("weights*")) == ["weights-2.safetensors", "weights-4.safetensors"]
+    assert scripted(disturbed, "0.4 0.3 0.3", **settings).outputs == expected.outputs
+    assert [file.name for file in best.glob("weights*")] == ["weights-2.safetensors"]
+
+
+@pytest.mark.parametrize("lost", ["history", "weights"])
+def test_a_restart_at_the_end_without_a_history_looks_once_more(
+    fresh: Callable[[], Bench], scripted: Callable[..., StepResult], lost: str
+) -> None:
+    place = fresh()
+    settings = {"max_steps": 3, "eval_steps": 4, "checkpoint_steps": 3}
+    assert "the checker is away" in scripted(place, "0.5 fail", **settings).message
+    best = next(place.root.glob("work/*/scratch/best"))
+    if lost == "history":
+        (best / "history.json").write_text("[[0, 0.5], [3")
+    else:
+        (best / "weights-0.safetensors").unlink()
+    result = scripted(place, "0.25", **settings)
+    assert result.status == "finished", result.message
+    assert json.loads((best / "history.json").read_text()) == [[3, 0.25]]
