@@ -94,7 +94,8 @@ def conversation(
 
     An assistant's turn runs from where the template invites it to speak to its first stop token (`stop_token_ids`, by
     default the tokenizer's end token), because what the template writes after that no model ever generates. Where the
-    template ends the last turn with none, the tokenizer's end token is put there: who learns no end never stops.
+    template ends the last turn with none, the tokenizer's end token is put there: who learns no end never stops. Where
+    there is no end token at all, a turn is all that the template renders of it.
 
     Raises:
         UserError: there is no template, or it renders a turn differently once a later one follows, so that it cannot
@@ -102,7 +103,7 @@ def conversation(
     """
     text = render(tokenizer, messages)
     spans = _turns(tokenizer, messages, text, only_last)
-    stops = set(stop_token_ids) or set(token_ids(tokenizer, str(tokenizer.eos_token)))
+    stops = set(stop_token_ids) or set(token_ids(tokenizer, str(tokenizer.eos_token or "")))
     found = _tokenised(tokenizer, text, spans, stops)
     if found.turns and messages[-1]["role"] == "assistant" and stops.isdisjoint(found.last_ids) and tokenizer.eos_token:
         text += str(tokenizer.eos_token)

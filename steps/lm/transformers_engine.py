@@ -25,9 +25,11 @@ class TransformersEngine:
         """Take a loaded model; one that is being trained is left in training mode."""
         self.model: Any = model
         self.decoding = decoding
-        self.stops = list(stop_token_ids) or [tokenizer.eos_token_id]
-        pad = tokenizer.pad_token_id
-        self.pad: int = self.stops[0] if pad is None else pad  # pyright: ignore[reportAttributeAccessIssue]
+        own: Any = tokenizer.eos_token_id
+        self.stops: list[int] = list(stop_token_ids) or ([] if own is None else [own])
+        pad: Any = tokenizer.pad_token_id
+        # Any will do where there is none: nothing looks at it.
+        self.pad: int = next((token for token in (pad, *self.stops) if token is not None), 0)
         text_config = model.config.get_text_config()
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
 
@@ -78,7 +80,7 @@ class TransformersEngine:
             max_new_tokens=new_tokens,
             # The choice itself is `_SeededChoice`'s, which leaves one token over.
             do_sample=False,
-            eos_token_id=self.stops,
+            eos_token_id=self.stops or None,
             pad_token_id=self.pad,
             disable_compile=True,
         )

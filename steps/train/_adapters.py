@@ -11,13 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from steps.artifacts import Adapter, AdapterFacts, Draft, FourBit, Model
 from steps.frame import Job, UserError
-from steps.lm.checkpoint import Dtype, load_model, model_facts, save_model
+from steps.lm.checkpoint import Dtype, load_model, load_tokenizer, model_facts, save_model
 from steps.lm.four_bit import load_four_bit
 from steps.train._divided import whole_model
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
+    from transformers import PreTrainedModel, Trainer
 
     from steps.train._settings import Training
 
@@ -192,7 +192,6 @@ def trained_draft(
     job: Job,
     trainer: "Trainer",
     model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerFast",
     best: Path | None = None,
 ) -> Draft:
     """Save what was trained as an artifact: an Adapter, or a whole Model in `dtype`.
@@ -204,7 +203,6 @@ def trained_draft(
         job: the step's job.
         trainer: what trained the model.
         model: what was trained.
-        tokenizer: of the model.
         best: trained weights to give out in place of the last ones.
     """
     import torch
@@ -220,7 +218,8 @@ def trained_draft(
     check_finite(job, model)
     if isinstance(method, Full):
         model.to(dtype=getattr(torch, dtype))  # pyright: ignore[reportCallIssue]
-        save_model(model, tokenizer, out)
+        # Not the trainer's, which pads and ends as trainers ask for: a token made special splits text otherwise.
+        save_model(model, load_tokenizer(base.path), out)
         return Model.draft(out, model_facts(out, origin=base.facts.origin, licence=base.facts.licence))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if isinstance(method, Pissa):

@@ -8,12 +8,12 @@ from pydantic import Field
 
 from steps.artifacts import Draft, Model, Preferences
 from steps.frame import Input, Job, UserError
-from steps.lm.checkpoint import give_padding, load_model, load_tokenizer
+from steps.lm.checkpoint import load_model
 from steps.train._adapters import Full, trainable_model, trained_draft
 from steps.train._checkpoints import checkpoints, train
 from steps.train._preference_rate import preference_rate
 from steps.train._preference_tokens import Encoder, Pair
-from steps.train._settings import Training, common_arguments
+from steps.train._settings import Training, common_arguments, training_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset as Table
@@ -47,8 +47,7 @@ def prepare(config: PreferenceTraining, job: Job) -> Prepared:
     from transformers import set_seed
 
     set_seed(config.seed)
-    tokenizer = load_tokenizer(config.model.path)
-    give_padding(tokenizer, config.model.facts.stop_token_ids)
+    tokenizer = training_tokenizer(config, job)
     arguments = {
         **common_arguments(config, checkpoints(job)),
         "per_device_eval_batch_size": config.batch_size,
@@ -143,7 +142,7 @@ def run(
     if before is not None:
         after = preference_rate(prepared.model, held_out, config.batch_size)
         job.log_metrics({"preference_rate_before": before, "preference_rate": after})
-    return trained_draft(config, job, trainer, prepared.model, prepared.tokenizer)
+    return trained_draft(config, job, trainer, prepared.model)
 
 
 def _drop_reference_adapter(trainer: "Trainer") -> None:

@@ -11,11 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from steps.artifacts import Dataset, Draft, Model, RewardModel
 from steps.frame import Chooses, Input, Job, Resources, UserError
 from steps.lm.chat import render, token_ids
-from steps.lm.checkpoint import load_tokenizer
 from steps.lm.tasks import Task, read_tasks
 from steps.train._adapters import Full, trainable_model, trained_draft
 from steps.train._checkpoints import checkpoints
-from steps.train._settings import Training, common_arguments
+from steps.train._settings import Training, common_arguments, training_tokenizer
 from steps.train._stopping import HELD_OUT, StopCondition, check_conditions
 from steps.train.rewards import Reward, Scorer, check_tools
 
@@ -296,7 +295,7 @@ def train_on_rollouts(config: RlTraining, job: Job, trainer_class: Any, make_arg
     from steps.train._speed import Speed
 
     set_seed(config.seed)
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = training_tokenizer(config, job)
     tokenizer.padding_side = "left"
     tasks, processes = read_training_tasks(config, job), job.resources.world
     steps = total_steps(config, len(tasks), processes)
@@ -321,7 +320,7 @@ def train_on_rollouts(config: RlTraining, job: Job, trainer_class: Any, make_arg
     audits.plot(held_out.history if held_out else [])
     if "ref" in getattr(model, "peft_config", {}):
         model.delete_adapter("ref")
-    return trained_draft(config, job, trainer, model, tokenizer, held_out.best() if held_out else None)
+    return trained_draft(config, job, trainer, model, held_out.best() if held_out else None)
 
 
 def rollout_cost(config: RlTraining, model: "PreTrainedModel") -> float | None:

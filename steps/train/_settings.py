@@ -1,15 +1,18 @@
 """What every trainer has in common: the model, what of it is trained, and how the optimizer runs."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from steps.artifacts import Adapter, Artifact, Model
-from steps.frame import Input, Resources, StepConfig
+from steps.frame import Input, Job, Resources, StepConfig, UserError
 from steps.frame.hardware import fast_dtype
-from steps.lm.checkpoint import Dtype
+from steps.lm.checkpoint import Dtype, give_padding, load_tokenizer
 from steps.train._adapters import AdapterMethod, Full, Lora, Oft
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PRELOAD = ("torch", "transformers", "datasets", "peft", "trl.trainer.sft_trainer")
 """Modules that every trainer needs."""
@@ -96,6 +99,26 @@ class Training(StepConfig):
     def produced(self) -> type[Artifact]:
         """Kind of the output: it depends on what is trained."""
         return Model if isinstance(self.adapter, Full) else Adapter
+
+
+def training_tokenizer(config: Training, job: Job) -> "PreTrainedTokenizerFast":
+    """Load the tokenizer of the model that is trained, with a padding and an end token, which trainers ask for.
+
+    What is given out with the trained weights is the base's own tokenizer, without what is added here.
+
+    Raises:
+        UserError: the model stops at no token.
+    """
+    tokenizer, stops = load_tokenizer(config.model.path), config.model.facts.stop_token_ids
+    if tokenizer.eos_token_id is None:
+        if not stops:
+            raise UserError(
+                f"step `{job.name}`: `model` has no end token, so that it would never learn to stop; name one as "
+                "`eos_token` in its tokenizer_config.json, or give it a chat template that ends a turn with a token"
+            )
+        tokenizer.eos_token = str(tokenizer.convert_ids_to_tokens(stops[0]))
+    give_padding(tokenizer, stops)
+    return tokenizer
 
 
 def common_arguments(config: Training, checkpoints: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from steps.lm.checkpoint import load_model, load_tokenizer
 from steps.lm.rows import read_jsonl
 from steps.train._adapters import trainable_model, trained_draft
 from steps.train._checkpoints import checkpoints, train
-from steps.train._settings import LIBRARIES, PRELOAD, Training, common_arguments
+from steps.train._settings import LIBRARIES, PRELOAD, Training, common_arguments, training_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset as Table
@@ -68,7 +68,7 @@ def train_distill(config: TrainDistill, job: Job) -> Draft:
     from steps.train._speed import Speed
 
     set_seed(config.seed)
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = training_tokenizer(config, job)
     tokenizer.padding_side = "left"
     check_tokenizers(config, job, tokenizer)
     rows = prompts_and_answers(config, tokenizer)
@@ -95,7 +95,7 @@ def train_distill(config: TrainDistill, job: Job) -> Draft:
         on_policy_share=config.share,
     )
     train(trainer, job)
-    return trained_draft(config, job, trainer, model, tokenizer)
+    return trained_draft(config, job, trainer, model)
 
 
 def check_tokenizers(config: TrainDistill, job: Job, tokenizer: "PreTrainedTokenizerFast") -> None:

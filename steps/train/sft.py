@@ -7,11 +7,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from steps.artifacts import Adapter, Dataset, Draft, Model
 from steps.frame import Chooses, Input, Job, Resources, UserError, step
 from steps.lm.chat import conversation
-from steps.lm.checkpoint import load_tokenizer
 from steps.lm.rows import read_jsonl
 from steps.train._adapters import trainable_model, trained_draft
 from steps.train._checkpoints import checkpoints, train
-from steps.train._settings import LIBRARIES, PRELOAD, Training, common_arguments
+from steps.train._settings import LIBRARIES, PRELOAD, Training, common_arguments, training_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset as Table
@@ -70,7 +69,7 @@ def train_sft(config: TrainSft, job: Job) -> Draft:
     from transformers import set_seed
 
     set_seed(config.seed)
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = training_tokenizer(config, job)
     rows = tokenised(config, config.data, tokenizer, job)
     held_out = tokenised(config, config.eval, tokenizer, job, "eval/") if config.eval else None
     model = trainable_model(config.model, config.adapter, config.dtype)
@@ -82,7 +81,7 @@ def train_sft(config: TrainSft, job: Job) -> Draft:
         best = {"best_eval_loss": trainer.state.best_metric, "best_step": trainer.state.best_global_step}
         job.log.info("kept the weights of step %(best_step)s: evaluation loss %(best_eval_loss).4f", best)
         job.log_metrics(best)
-    return trained_draft(config, job, trainer, model, tokenizer)
+    return trained_draft(config, job, trainer, model)
 
 
 def tokenised(
@@ -167,7 +166,7 @@ def _trainer(
         check_isolation(model)
         rows = packed(rows, config.max_tokens)
         job.log_metrics({"sequences": len(rows)})
-        pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        pad: Any = tokenizer.pad_token_id
         collator = PackedCollator(pad, return_position_ids=True)
     if config.early_stopping:
         callbacks.append(EarlyStoppingCallback(config.early_stopping.patience, config.early_stopping.min_delta))

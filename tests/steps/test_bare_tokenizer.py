@@ -1,0 +1,96 @@
+"""Models whose tokenizer names no padding and no end token: trained where they stop at something, else refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steps.artifacts import Dataset, DatasetFacts, Model
+from steps.lm.chat import conversation
+from steps.lm.checkpoint import load_model, load_tokenizer
+from steps.lm.generate import Decoding
+from steps.lm.transformers_engine import TransformersEngine
+from tests.conftest import Bench
+from tests.steps.conftest import publish, sum_row
+from tests.steps.untrained import untrained
+from tests.steps.variants import replace, variant
+
+SETTINGS = {"max_steps": 1, "batch_size": 4, "dtype": "float32"}
+SAMPLED = {"group_size": 2, "max_new_tokens": 4, "rewards": [{"kind": "exact"}]}
+
+
+def without(directory: Path, file: str, *keys: str) -> None:
+    settings = json.loads((directory / file).read_text())
+    replace(directory / file, json.dumps({name: value for name, value in settings.items() if name not in keys}))
+
+
+def unnamed(directory: Path) -> None:
+    """Let the tokenizer name neither token; the model's own files still say where it stops."""
+    without(directory, "tokenizer_config.json", "eos_token", "pad_token", "bos_token")
+    without(directory, "config.json", "pad_token_id")
+    without(directory, "generation_config.json", "pad_token_id")
+
+
+def endless(directory: Path) -> None:
+    """Name no end anywhere."""
+    unnamed(directory)
+    without(directory, "config.json", "eos_token_id")
+    without(directory, "generation_config.json", "eos_token_id")
+
+
+@pytest.fixture(scope="module")
+def data(bench: Bench) -> Dataset:
+    rows = [sum_row(left, 1) for left in range(8)]
+    return publish(bench, Dataset, "bare", rows, DatasetFacts(rows=8))
+
+
+@pytest.fixture(scope="module")
+def models(bench: Bench) -> dict[str, Model]:
+    whole = untrained(bench, 61)
+    return {change.__name__: variant(bench.store, whole, change) for change in (unnamed, endless)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("train.sft", {"max_tokens": 32}),
+        ("train.sft", {"max_tokens": 32, "packing": True}),
+        ("train.grpo", SAMPLED),
+        ("train.rloo", SAMPLED),
+        ("train.distill", {"max_new_tokens": 4}),
+    ],
+)
+def test_a_tokenizer_that_names_no_tokens_is_trained_and_given_out_as_it_came(
+    bench: Bench, data: Dataset, models: dict[str, Model], kind: str, settings: dict[str, Any]
+) -> None:
+    model = models["unnamed"]
+    inputs = {"model": model, "data": data, **({"teacher": model} if kind == "train.distill" else {})}
+    trained = bench.run(kind, inputs, adapter={"kind": "full"}, **SETTINGS, **settings)[""]
+    before, after = load_tokenizer(model.path), load_tokenizer(trained.path)
+    assert (after.eos_token, after.pad_token) == (before.eos_token, before.pad_token) == (None, None)
+    assert trained.facts.tokenizer_sha256 == model.facts.tokenizer_sha256
+
+
+@pytest.mark.parametrize(("kind", "settings"), [("train.sft", {}), ("train.grpo", SAMPLED)])
+def test_a_model_that_stops_at_nothing_is_not_trained(
+    bench: Bench, data: Dataset, models: dict[str, Model], kind: str, settings: dict[str, Any]
+) -> None:
+    result = bench.attempt(kind, {"model": models["endless"], "data": data}, **SETTINGS, **settings)
+    assert result.status == "refused"
+    assert "`model` has no end token, so that it would never learn to stop; name one as `eos_token`" in result.message
+
+
+def test_a_model_that_stops_at_nothing_answers_until_its_tokens_are_spent(models: dict[str, Model]) -> None:
+    model = models["endless"]
+    tokenizer = load_tokenizer(model.path)
+    engine = TransformersEngine(load_model(model.path, "float32"), tokenizer, Decoding(temperature=0))
+    written = engine.write([[5, 6, 7], [5]], ["a", "b"], 4)
+    assert [(len(each.ids), each.stopped) for each in written] == [(4, False), (4, False)]
+
+
+def test_a_turn_does_not_end_at_letters_where_there_is_no_end_token(models: dict[str, Model]) -> None:
+    tokenizer = load_tokenizer(models["endless"].path)
+    said = "one None more"
+    talk = conversation(tokenizer, [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": said}])
+    assert said in tokenizer.decode(talk.last_ids)
