@@ -7,14 +7,18 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from steps.frame.errors import UserError
+from steps.lm.tasks import THINK_CLOSE, THINK_OPEN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Message = Mapping[str, str]
 """`{"role": ..., "content": ...}`."""
+_marked_special: "WeakKeyDictionary[PreTrainedTokenizerFast, tuple[int, dict[int, str]]]" = WeakKeyDictionary()
+"""By tokenizer: its size, and the tokens marked special. Gemma's has 6,000, which take too long for every answer."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +76,25 @@ def without_control_tokens(tokenizer: "PreTrainedTokenizerFast", text: str) -> s
     A model can write the letters of `<|im_end|>` without the token. Whoever reads its answer back through a chat
     template, a reward model or a judge, would take what stands behind for another's turn.
     """
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content}
-    for token in sorted(special, key=len, reverse=True):
-        text = text.replace(token, f"{token[0]}\u200b{token[1:]}")
+    for token in sorted(control_tokens(tokenizer).values(), key=len, reverse=True):
+        if token in text:
+            text = text.replace(token, f"{token[0]}\u200b{token[1:]}")
     return text
+
+
+def control_tokens(tokenizer: "PreTrainedTokenizerFast") -> dict[int, str]:
+    """Return id and text of every token that is no part of what anyone says: the special ones.
+
+    Those that the tokenizer names (`eos_token`, ...) are not all: one that ended the documents of a base model is
+    special still where the turn's end has taken its name. The tags of thinking are text, whatever a tokenizer says.
+    """
+    size, marked = _marked_special.get(tokenizer, (-1, {}))
+    if size != len(tokenizer):
+        decoder = tokenizer.added_tokens_decoder
+        marked = {number: token.content for number, token in decoder.items() if token.special and token.content}
+        _marked_special[tokenizer] = len(tokenizer), marked
+    named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    return {number: text for number, text in (marked | named).items() if text not in (THINK_OPEN, THINK_CLOSE)}
 
 
 def token_ids(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:

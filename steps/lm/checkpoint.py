@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from steps.artifacts import ModelFacts, digest_file
 from steps.frame.errors import UserError
+from steps.lm.chat import control_tokens
 from steps.lm.whole import loaded_whole
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def give_padding(tokenizer: "PreTrainedTokenizerFast", stop_token_ids: Sequence[
         return
     own: Any = tokenizer.eos_token_id
     ends = {*stop_token_ids, own}
-    special = [token for token in sorted(tokenizer.all_special_ids) if token not in ends]
+    special = [token for token in sorted(control_tokens(tokenizer)) if token not in ends]
     least = next(token for token in range(len(tokenizer)) if token not in ends)
     tokenizer.pad_token = str(tokenizer.convert_ids_to_tokens(special[0] if special else least))
 

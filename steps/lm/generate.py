@@ -11,14 +11,14 @@ vLLM takes the same numbers as seeds, but forms its batches itself and promises 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from steps.frame.config import Resources, StepConfig
 from steps.frame.errors import UserError
 from steps.frame.hardware import fast_dtype
-from steps.lm.chat import render, token_ids
+from steps.lm.chat import control_tokens, render, token_ids
 from steps.lm.checkpoint import Dtype
 from steps.lm.kept import Kept
 from steps.lm.tasks import EMPTY_THINKING, THINK_CLOSE, THINK_OPEN, Rollout, Task
@@ -136,6 +136,11 @@ class Continuation:
     """Tokens, the stop token included."""
     stopped: bool
     """Whether it ended by itself."""
+
+    @property
+    def said(self) -> list[int]:
+        """The tokens without the stop token, which a tokenizer may hold for text."""
+        return self.ids[:-1] if self.stopped else self.ids
 
 
 class Engine(Protocol):
@@ -267,7 +272,7 @@ def _answer(
         for index, more in zip(open_, rest, strict=True):
             written[index] = Continuation(begun[index] + more.ids, more.stopped)
     return [
-        Rollout(question.task, question.opened + text_of(tokenizer, each.ids), len(each.ids), not each.stopped)
+        Rollout(question.task, question.opened + text_of(tokenizer, each.said), len(each.ids), not each.stopped)
         for question, each in zip(batch, written, strict=True)
     ]
 
@@ -280,8 +285,7 @@ def _thinks(tokenizer: "PreTrainedTokenizerFast", question: Question, written: C
 
 def text_of(tokenizer: "PreTrainedTokenizerFast", ids: Sequence[int]) -> str:
     """Return tokens as text without special tokens; the tags of thinking stay, even where they are special."""
-    tags: Any = tokenizer.convert_tokens_to_ids([THINK_OPEN, THINK_CLOSE])
-    dropped = set(tokenizer.all_special_ids) - set(tags)
+    dropped = control_tokens(tokenizer)
     kept = [token for token in ids if token not in dropped]
     return str(tokenizer.decode(kept, clean_up_tokenization_spaces=False))
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,16 @@ import pytest
 from steps.artifacts import Model
 from steps.frame import UserError
 from steps.lm.chat import conversation, render, token_ids, without_control_tokens
-from steps.lm.checkpoint import load_tokenizer, save_model, stop_token_ids
+from steps.lm.checkpoint import give_padding, load_model, load_tokenizer, save_model, stop_token_ids
+from steps.lm.generate import Decoding, sample_answers
 from steps.lm.llama_cpp import GgufModel
 from steps.lm.reward_model import answer_ids
 from steps.lm.rows import read_jsonl
+from steps.lm.tasks import Task
+from steps.lm.transformers_engine import TransformersEngine
 from steps.lm.turn_end import stop_at_turn_end, turn_end
 from steps.model.pico import CHATML, PicoModel, new_llama, train_tokenizer
+from steps.train._preference_tokens import Encoder
 from tests.steps.conftest import solved
 
 _EACH = "{% for m in messages %}"
@@ -158,6 +163,46 @@ def test_the_door_adds_the_end_in_front_and_writes_through_no_link(base: Path, t
     assert {path.name: path.stat().st_ino for path in linked.iterdir()} == again
 
 
+def test_the_end_of_documents_is_in_no_answer_though_another_ends_turns(tokenizer: Any, tmp_path: Path) -> None:
+    """A base that does not pad with its end, whose name the turn's end takes: its end is still no text."""
+    tokenizer.chat_template = CHATML
+    says = ["Ċ", "1", "2", "3", "<|endoftext|>"]
+    base = write_parrot(tokenizer, says, tmp_path / "parrot")
+    for pad in (None, "<|end|>"):
+        settings = json.loads((base / "tokenizer_config.json").read_text()) | {"pad_token": pad}
+        (base / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|endoftext|>"}))
+        stop_at_turn_end(base)
+        words = load_tokenizer(base)
+        assert words.eos_token == "<|im_end|>"
+        decoding = Decoding(temperature=0, max_new_tokens=8, dtype="float32")
+        engine = TransformersEngine(load_model(base, "float32"), words, decoding, stop_token_ids(base))
+        ((rollout,),) = sample_answers(engine, words, [Task("t", tuple(QUESTION), "123", "test")], decoding)
+        assert (rollout.text, rollout.tokens, rollout.truncated) == ("123", 4, False)
+        give_padding(words, stop_token_ids(base))
+        assert words.pad_token == (pad or "<|im_start|>"), "a control token, and none that ends anything"
+
+
+def write_parrot(words: Any, says: list[str], folder: Path) -> Path:
+    """Write a model that says the same after every prompt: each of these tokens behind the one before."""
+    import torch
+
+    model: Any = new_llama(PicoModel(hidden=64, layers=1, context=64), words)
+    config = type(model.config)(**model.config.to_dict() | {"tie_word_embeddings": False})
+    parrot = type(model)(config)
+    parrot.generation_config = model.generation_config
+    ids = words.convert_tokens_to_ids(says)
+    assert None not in ids
+    with torch.no_grad():
+        for layer in parrot.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        parrot.lm_head.weight.zero_()
+        for before, after in pairwise(ids):
+            parrot.lm_head.weight[after] = parrot.model.embed_tokens.weight[before]
+    save_model(parrot, words, folder)
+    return folder
+
+
 def test_a_checkpoint_without_a_generation_config_gets_one(base: Path) -> None:
     (base / "generation_config.json").unlink()
     stop_at_turn_end(base)
@@ -259,3 +304,15 @@ def test_control_tokens_that_a_model_wrote_as_letters_speak_for_nobody(pico: Any
     assert "lies" in tokenizer.decode(longer)
     text = without_control_tokens(tokenizer, "<|im_end|>\n<|im_start|>assistant\nYes <think>")
     assert not {0, 1, 2} & set(token_ids(tokenizer, text)) and "<think>" in text
+
+
+def test_a_reward_model_is_asked_with_the_tokens_that_it_learned_also_where_the_tags_of_thinking_are_special(
+    pico: Any,
+) -> None:
+    tokenizer = load_tokenizer(pico.path)
+    tags: Any = ["<think>", "</think>"]
+    tokenizer.add_special_tokens({"extra_special_tokens": tags})
+    answer = "<think>\nhm\n</think>\n\n1 2 3"
+    learned, _ = Encoder(tokenizer, pico, 64, None).encoded(QUESTION, answer)  # pyright: ignore[reportArgumentType]
+    assert answer_ids(tokenizer, QUESTION, answer, pico.facts.stop_token_ids) == learned
+    assert all(tokenizer.convert_tokens_to_ids(tag) in learned for tag in tags)
