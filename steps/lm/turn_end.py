@@ -6,6 +6,8 @@ checkpoint names, trains one that never stops.
 """
 
 import json
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,27 +17,43 @@ from steps.lm.checkpoint import chat_template, load_tokenizer, stop_token_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_ANSWER = "Yes."
+_ANSWER, _NEXT = "Yes.", "Why?"
 _TURNS = (
     {"role": "user", "content": "Is it so?"},
     {"role": "assistant", "content": _ANSWER},
-    {"role": "user", "content": "Why?"},
+    {"role": "user", "content": _NEXT},
 )
 _TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 
 
-def turn_end(tokenizer: "PreTrainedTokenizerFast") -> int | None:
+def turn_end(tokenizer: "PreTrainedTokenizerFast", stops: Sequence[int] = ()) -> int | None:
     """Return the id of the token that the chat template puts behind what the assistant says.
 
-    It is the first of the tokenizer's added tokens after the answer. Where the template writes none there, the next
-    turn's opening ends this one, as with GLM-4's `<|user|>`. None where there is neither, or no template at all.
+    Several of the tokenizer's added tokens may stand there: Command R7B's template writes `<|END_RESPONSE|>` and then
+    `<|END_OF_TURN_TOKEN|>`, others close a tag around the answer first. Where one of them is a stop of the model's own,
+    that is the end; else it is the last special one. What ends a whole conversation, as Phi-3's end token does, is not
+    among them: only what stands there also when another turn follows.
+
+    Where the template writes none there, the next turn's opening ends this one, as with GLM-4's `<|user|>`. None where
+    there is neither, or no template at all.
+
+    Args:
+        tokenizer: with or without a template.
+        stops: where the model stops by itself, besides the tokenizer's end token.
     """
     if not tokenizer.chat_template:
         return None
-    for turns in (_TURNS[:2], _TURNS):
-        if (found := _first_added(tokenizer, turns)) is not None:
-            return found
-    return None
+    last, between = _tokens_behind(tokenizer, _TURNS[:2]), _tokens_behind(tokenizer, _TURNS)
+    both = [ours for ours, _ in takewhile(lambda pair: pair[0] == pair[1], zip(last, between, strict=False))]
+    end: Any = tokenizer.eos_token_id
+    own = {*stops, end}
+    if (found := next((token for token in both if token in own), None)) is not None:
+        return found
+    if not both:
+        return next(iter(last or between), None)
+    special = [token for token in both if tokenizer.added_tokens_decoder[token].special] or both
+    # Old templates open the assistant's next turn whether asked to or not: what they write last belongs to that.
+    return special[0] if _opens_always(tokenizer) else special[-1]
 
 
 def stop_at_turn_end(directory: Path) -> int | None:
@@ -49,10 +67,10 @@ def stop_at_turn_end(directory: Path) -> int | None:
     if template is None:
         return None
     tokenizer = load_tokenizer(directory)
-    end = turn_end(tokenizer)
+    own, stops = tokenizer.eos_token_id, stop_token_ids(directory)
+    end = turn_end(tokenizer, stops)
     if end is None:
         return None
-    own, stops = tokenizer.eos_token_id, stop_token_ids(directory)
     # In this order, each once: trainers and servers stop at the tokenizer's end token, whatever the file says.
     wanted = list(dict.fromkeys(each for each in (end, *stops, own) if isinstance(each, int)))
     if set(wanted) != set(stops):
@@ -62,26 +80,35 @@ def stop_at_turn_end(directory: Path) -> int | None:
     return end
 
 
-def _first_added(tokenizer: "PreTrainedTokenizerFast", turns: tuple[dict[str, str], ...]) -> int | None:
-    """Return the first added token behind the answer that is no white space (Gemma has line breaks among them)."""
+def _tokens_behind(tokenizer: "PreTrainedTokenizerFast", turns: Sequence[Mapping[str, str]]) -> list[int]:
+    """Return the added tokens between the answer and the next question that are no white space, as Gemma's breaks."""
+    text = _rendered(tokenizer, turns)
+    at = text.rfind(_ANSWER)
+    if at < 0:
+        return []
+    begin, end = at + len(_ANSWER), text.find(_NEXT, at)
+    encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    added = tokenizer.added_tokens_decoder
+    return [
+        token
+        for token, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        if begin <= start < (len(text) if end < 0 else end) and token in added and added[token].content.strip()
+    ]
+
+
+def _opens_always(tokenizer: "PreTrainedTokenizerFast") -> bool:
+    return _rendered(tokenizer, _TURNS[:2]) == _rendered(tokenizer, _TURNS[:2], prompt=True)
+
+
+def _rendered(tokenizer: "PreTrainedTokenizerFast", turns: Sequence[Mapping[str, str]], *, prompt: bool = False) -> str:
     import jinja2
 
     try:
-        text = str(tokenizer.apply_chat_template(list(turns), tokenize=False))
+        shown = [dict(turn) for turn in turns]
+        return str(tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=prompt))
     # A template that fails at these turns shows no end here; it will say why when it meets the user's own.
     except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-        return None
-    at = text.rfind(_ANSWER)
-    if at < 0:
-        return None
-    encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    added = tokenizer.added_tokens_decoder
-    behind = (
-        token
-        for token, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        if start >= at + len(_ANSWER) and token in added and added[token].content.strip()
-    )
-    return next(behind, None)
+        return ""
 
 
 def _set_stops(directory: Path, stops: list[int]) -> None:

@@ -52,13 +52,24 @@ GPT_OSS = (
 QWEN3 = CHATML.replace(
     "+ message['content']", "+ ('<think>\n\n</think>\n\n' if message.role == 'assistant' else '') + message['content']"
 )
+COHERE = _EACH + (
+    "<|START_OF_TURN|>{{ '<|CHATBOT|><|START_RESPONSE|>' + m.content + '<|END_RESPONSE|>' if m.role == 'assistant' "
+    "else '<|USER|>' + m.content }}<|END_OF_TURN|>{% endfor %}"
+    "{% if add_generation_prompt %}<|START_OF_TURN|><|CHATBOT|>{% endif %}"
+)
+TAGGED = CHATML.replace(
+    "+ message['content']",
+    "+ ('<answer>' + message['content'] + '</answer>' if message.role == 'assistant' else message['content'])",
+)
+ALWAYS_OPEN = LLAMA3.replace("{% if add_generation_prompt %}", "").replace("{% endif %}", "")
 PLAIN = (
     _EACH
     + "### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}{% if add_generation_prompt %}### assistant:\n{% endif %}"
 )
 REFUSING = "{{ raise_exception('no') }}"
 _TOKENS = """<bos> <|eot_id|> <|start_header_id|> <|end_header_id|> <start_of_turn> <end_of_turn> <|end|> <|user|>
-<|assistant|> <|start|> <|message|> <|return|>"""
+<|assistant|> <|start|> <|message|> <|return|> <|START_OF_TURN|> <|END_OF_TURN|> <|CHATBOT|> <|USER|>
+<|START_RESPONSE|> <|END_RESPONSE|>"""
 QUESTION = [{"role": "user", "content": "sort 3 1 2"}]
 ANSWERED = [*QUESTION, {"role": "assistant", "content": "1 2 3"}]
 
@@ -70,7 +81,7 @@ def tokenizer() -> Any:
 
     found = train_tokenizer(["sort these digits upward, then say what you found"], 300, 64)
     found.add_special_tokens({"additional_special_tokens": _TOKENS.split()})  # pyright: ignore[reportArgumentType]
-    found.add_tokens([AddedToken("\n\n", normalized=False)])
+    found.add_tokens([AddedToken(each, normalized=False) for each in ("\n\n", "<answer>", "</answer>")])
     return found
 
 
@@ -86,6 +97,9 @@ def tokenizer() -> Any:
         (PHI3, "<|end|>"),
         (GLM4, "<|user|>"),
         (GPT_OSS, "<|return|>"),
+        (COHERE, "<|END_OF_TURN|>"),
+        (TAGGED, "<|im_end|>"),
+        (ALWAYS_OPEN, "<|eot_id|>"),
         (PLAIN, None),
         (REFUSING, None),
         (None, None),
@@ -100,6 +114,9 @@ def tokenizer() -> Any:
         "phi3",
         "glm4",
         "gpt-oss",
+        "cohere",
+        "tagged",
+        "always-open",
         "plain",
         "refusing",
         "none",
@@ -109,6 +126,22 @@ def test_a_templates_end_is_what_it_writes_behind_an_answer(tokenizer: Any, temp
     tokenizer.chat_template = template
     found = turn_end(tokenizer)
     assert (None if found is None else tokenizer.convert_ids_to_tokens(found)) == end
+
+
+@pytest.mark.parametrize("stop", ["<|END_RESPONSE|>", "<|END_OF_TURN|>"])
+def test_a_model_that_stops_within_its_turn_gets_no_other_end(tokenizer: Any, tmp_path: Path, stop: str) -> None:
+    tokenizer.chat_template = COHERE
+    folder = tmp_path / "base"
+    tokenizer.eos_token = stop
+    try:
+        model: Any = new_llama(PicoModel(hidden=64, layers=1, context=64), tokenizer)
+        model.generation_config.eos_token_id = end = tokenizer.eos_token_id
+        save_model(model, tokenizer, folder)
+    finally:
+        tokenizer.eos_token = "<|endoftext|>"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert stop_at_turn_end(folder) == end
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize("template", [PLAIN, GLM4], ids=["plain", "glm4"])
