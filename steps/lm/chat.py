@@ -60,6 +60,12 @@ def render(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message], *,
         raise UserError(
             f"{tokenizer.name_or_path}: the tokenizer has no chat template; add chat_template.jinja beside it"
         )
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        names = ", ".join(f"`{name}`" for name in sorted(tokenizer.chat_template))
+        raise UserError(
+            f"{tokenizer.name_or_path}: none of the chat templates {names} is named `default`; add the one that is "
+            "meant as chat_template.jinja beside the tokenizer"
+        )
     try:
         text = tokenizer.apply_chat_template(
             [dict(message) for message in messages], tokenize=False, add_generation_prompt=prompt

@@ -78,12 +78,19 @@ def safetensors_headers(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]
 
 
 def chat_template(directory: Path) -> str | None:
-    """Return the chat template's text, from `chat_template.jinja` or `tokenizer_config.json`."""
+    """Return the chat template's text, from `chat_template.jinja` or `tokenizer_config.json`.
+
+    The latter may list several by name, for tools or for retrieval: the one named `default` is meant where no other is
+    asked for.
+    """
     file = directory / "chat_template.jinja"
     if file.exists():
         return file.read_text(encoding="utf-8")
     config = directory / "tokenizer_config.json"
     template = _read_json(config).get("chat_template") if config.exists() else None
+    if isinstance(template, list):
+        named = (each for each in template if isinstance(each, dict) and each.get("name") == "default")
+        template = next(named, {}).get("template")
     return template if isinstance(template, str) else None
 
 

@@ -11,7 +11,7 @@ import pytest
 from steps.artifacts import Model
 from steps.frame import UserError
 from steps.lm.chat import conversation, render, token_ids, without_control_tokens
-from steps.lm.checkpoint import give_padding, load_model, load_tokenizer, save_model, stop_token_ids
+from steps.lm.checkpoint import chat_template, give_padding, load_model, load_tokenizer, save_model, stop_token_ids
 from steps.lm.generate import Decoding, sample_answers
 from steps.lm.llama_cpp import GgufModel
 from steps.lm.reward_model import answer_ids
@@ -234,6 +234,21 @@ def write_parrot(words: Any, says: list[str], folder: Path) -> Path:
             parrot.lm_head.weight[after] = parrot.model.embed_tokens.weight[before]
     save_model(parrot, words, folder)
     return folder
+
+
+def test_of_several_templates_the_default_one_counts(base: Path) -> None:
+    """As `tokenizer_config.json` lists them: by name, in any order."""
+    (base / "chat_template.jinja").unlink()
+    file = base / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    several = [{"name": "tool_use", "template": PLAIN}, {"name": "default", "template": CHATML}]
+    file.write_text(json.dumps(settings | {"chat_template": several}))
+    assert chat_template(base) == CHATML
+    assert stop_at_turn_end(base) == 2 and stop_token_ids(base) == (0, 2)
+    file.write_text(json.dumps(settings | {"chat_template": several[:1]}))
+    assert chat_template(base) is None and stop_at_turn_end(base) is None
+    with pytest.raises(UserError, match="none of the chat templates `tool_use` is named `default`; add the one"):
+        render(load_tokenizer(base), QUESTION)
 
 
 def test_a_checkpoint_without_a_generation_config_gets_one(base: Path) -> None:
