@@ -120,6 +120,8 @@ class QuantizedFacts(Facts):
     parameters: int
     fallbacks: int = 0
     """Tensors stored in another type than the scheme's own (rows that do not divide into its blocks)."""
+    unmarked_stop_token_ids: tuple[int, ...] = ()
+    """Those of `stop_token_ids` that the files cannot name: a runtime must be told to stop at them."""
     chosen_on: tuple[str, ...] = ()
     """As `ModelFacts.chosen_on`."""
 

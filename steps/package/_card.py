@@ -147,7 +147,9 @@ def _how_to_run(folder: Folder, folders: Sequence[Folder]) -> str:
     artifact, name = folder.artifact, folder.name
     if isinstance(artifact, Quantized) and artifact.facts.format == "gguf":
         body = _LLAMA_CPP.format(file=f"{name}/{artifact.gguf_file.name}")
-        return f"### `{name}` with llama.cpp\n\n{body}"
+        left = ", ".join(map(str, artifact.facts.unmarked_stop_token_ids))
+        note = f"The file has no room for all stop tokens: have your runtime stop at {left} too.\n\n" if left else ""
+        return f"### `{name}` with llama.cpp\n\n{note}{body}"
     if isinstance(artifact, Adapter):
         base = next((each.name for each in folders if each.artifact.digest == artifact.facts.base), None)
         place = f"./{base}" if base else "BASE"

@@ -17,6 +17,8 @@ _FALLBACKS = re.compile(r"(\d+) of \d+ tensor\(s\) required fallback quantizatio
 _UNWEIGHED = re.compile(r"did not find weights for (\S+)")
 # Metadata keys under which llama.cpp looks for tokens that end an answer, besides the end-of-sequence token.
 _STOP_KEYS = (b"tokenizer.ggml.eot_token_id", b"tokenizer.ggml.eom_token_id")
+MOST_STOPS = len(_STOP_KEYS)
+"""Tokens that a file can name as ends of an answer, besides its end-of-sequence token."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def quantize_file(
         target: the file to write.
         scheme: llama.cpp's name, e.g. `Q4_K_M`.
         importance: GGUF tensor name -> mean square of each input channel; may be empty.
-        stop_token_ids: at most two tokens to mark as ends of an answer, besides those that llama.cpp finds itself.
+        stop_token_ids: at most `MOST_STOPS` tokens to mark as ends of an answer, besides those that llama.cpp finds.
         threads: cores to use; they do not change the result.
 
     Raises:
@@ -88,7 +90,7 @@ def _stop_overrides(stop_token_ids: Sequence[int]) -> Any:
     import llama_cpp
 
     entries = (llama_cpp.llama_model_kv_override * (len(_STOP_KEYS) + 1))()
-    for entry, key, token in zip(entries, _STOP_KEYS, stop_token_ids, strict=False):
+    for entry, key, token in zip(entries, _STOP_KEYS[: len(stop_token_ids)], stop_token_ids, strict=False):
         entry.tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT
         entry.key = key
         entry.value.val_i64 = token

@@ -13,6 +13,7 @@ from steps.artifacts import Dataset, Draft, Model, Quantized, QuantizedFacts
 from steps.frame import Input, Job, Resources, StepConfig, UserError, step
 from steps.frame.errors import ProofFailed
 from steps.lm.checkpoint import chat_template, load_model, load_tokenizer
+from steps.lm.turn_end import turn_end
 from steps.quantize._calibration import calibration_ids, calibration_texts
 from steps.quantize._convert import convert, converter_directory
 
@@ -85,7 +86,7 @@ def quantize_gguf(config: QuantizeGguf, job: Job) -> Draft:
     """Convert, measure importance, quantize, then open the written file and prove that it is the same model."""
     from steps.lm.device import granted_device
     from steps.lm.llama_cpp import GgufModel
-    from steps.quantize._gguf_file import quantize_file
+    from steps.quantize._gguf_file import MOST_STOPS, quantize_file
     from steps.quantize._importance import importance_matrix
 
     _check(config)
@@ -109,16 +110,25 @@ def quantize_gguf(config: QuantizeGguf, job: Job) -> Draft:
             )
             del source
     with GgufModel(converted, context=_PROVEN_TOKENS, threads=job.cpus) as plain:
-        unmarked = sorted(set(model.facts.stop_token_ids) - plain.stop_token_ids)
+        unmarked = unknown_stops(plain, model, tokenizer)
         with _timed(job, "compare"):
             check_same_model(plain, model, tokenizer, [*_SENTENCES, *texts[:4]], granted_device(job.resources))
     out = job.output()
     target = out / f"{config.name}-{config.scheme}.gguf"
     with _timed(job, "quantize"):
         outcome = quantize_file(
-            converted, target, config.scheme, importance=importance, stop_token_ids=unmarked, threads=job.cpus
+            converted,
+            target,
+            config.scheme,
+            importance=importance,
+            stop_token_ids=unmarked[:MOST_STOPS],
+            threads=job.cpus,
         )
     shutil.rmtree(work)
+    left_out = tuple(unmarked[MOST_STOPS:])
+    if left_out:
+        words = ", ".join(tokenizer.convert_ids_to_tokens(list(left_out)))
+        job.log.warning("llama.cpp by itself will not stop at %s: a GGUF has no room for so many stop tokens", words)
     if outcome.fallbacks:
         job.log.warning(
             "%d tensors are stored in another type than %s's own: their rows do not divide into its blocks of 256",
@@ -128,7 +138,7 @@ def quantize_gguf(config: QuantizeGguf, job: Job) -> Draft:
     if importance and outcome.unweighed:
         job.log.warning("no importance was measured for %s", ", ".join(outcome.unweighed))
     with _timed(job, "verify"):
-        bits = verify_gguf(target, model, tokenizer, [*_SENTENCES, *texts[:16]], job.cpus)
+        bits = verify_gguf(target, model, tokenizer, [*_SENTENCES, *texts[:16]], job.cpus, left_out)
     job.log_metrics({"size_bytes": target.stat().st_size, "bits_per_weight": bits, "fallbacks": outcome.fallbacks})
     form, scheme = config.scheme_made
     facts = QuantizedFacts(
@@ -140,8 +150,16 @@ def quantize_gguf(config: QuantizeGguf, job: Job) -> Draft:
         architecture=model.facts.architecture,
         parameters=model.facts.parameters,
         fallbacks=outcome.fallbacks,
+        unmarked_stop_token_ids=left_out,
     )
     return Quantized.draft(out, facts)
+
+
+def unknown_stops(converted: "GgufModel", model: Model, tokenizer: "PreTrainedTokenizerFast") -> list[int]:
+    """Return the stop tokens that llama.cpp does not find by itself, those that end a turn or any text first."""
+    first = (turn_end(tokenizer, model.facts.stop_token_ids), tokenizer.eos_token_id)
+    unknown = set(model.facts.stop_token_ids) - converted.stop_token_ids
+    return sorted(unknown, key=lambda token: (token not in first, token))
 
 
 def check_same_model(
@@ -179,9 +197,22 @@ def check_same_model(
 
 
 def verify_gguf(
-    path: Path, model: Model, tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str], threads: int
+    path: Path,
+    model: Model,
+    tokenizer: "PreTrainedTokenizerFast",
+    texts: Sequence[str],
+    threads: int,
+    left_out: Sequence[int] = (),
 ) -> float:
     """Prove what a GGUF must have kept of its checkpoint; return its bits per weight.
+
+    Args:
+        path: the file.
+        model: the checkpoint.
+        tokenizer: the checkpoint's.
+        texts: what both must tokenise alike.
+        threads: cores to use.
+        left_out: stop tokens for which the file has no room.
 
     Raises:
         ProofFailed: the chat template differs, a stop token would not stop, a text becomes other tokens, or the
@@ -195,7 +226,7 @@ def verify_gguf(
     with GgufModel(path, context=512, threads=threads) as gguf:
         if gguf.template != chat_template(model.path):
             raise ProofFailed(f"{path.name}: the chat template is not the checkpoint's")
-        if missing := sorted(set(model.facts.stop_token_ids) - gguf.stop_token_ids):
+        if missing := sorted(set(model.facts.stop_token_ids) - gguf.stop_token_ids - {*left_out}):
             words = ", ".join(tokenizer.convert_ids_to_tokens(missing))
             raise ProofFailed(f"{path.name}: llama.cpp would not stop at {words}, where the checkpoint does")
         for text in texts:

@@ -15,6 +15,7 @@ from steps.frame.errors import ProofFailed
 from steps.lm.chat import render, token_ids
 from steps.lm.checkpoint import chat_template, load_model, load_tokenizer
 from steps.lm.llama_cpp import GgufModel
+from steps.lm.turn_end import stop_at_turn_end
 from steps.quantize._importance import importance_matrix
 from steps.quantize._pre_tokenizer import pre_tokenizer_name
 from steps.quantize.gguf import _SENTENCES, check_same_model
@@ -156,6 +157,32 @@ def test_narrow_rows_fall_back_and_are_counted_and_every_stop_token_stops(bench:
     assert result.facts.fallbacks == 2 * 6  # all matrices of both layers but ffn_down, 256 wide
     with GgufModel(result.gguf_file, context=64) as file:
         assert {1, 2} <= file.stop_token_ids  # <|im_start|> is none that llama.cpp knows by its text
+
+
+def test_more_stops_than_a_file_has_room_for_leave_out_the_least(bench: Any) -> None:
+    """The converter's file names the tokenizer's end; two more have room, and the turn's end is one of them."""
+    narrow = bench.run("model.pico", hidden=128, heads=2, kv_heads=1, pretrain_steps=5)[""]
+    words = load_tokenizer(narrow.path)
+    stops = [1, *sorted(words.convert_tokens_to_ids(["a", "b", "c"])), 2]  # pyright: ignore[reportArgumentType]
+
+    def stop_often(directory: Path) -> None:
+        config = json.loads((directory / "generation_config.json").read_text())
+        replace(directory / "generation_config.json", json.dumps({**config, "eos_token_id": stops}))
+        # Its turns end in a token that llama.cpp does not know by its text, and that is not the tokenizer's end token.
+        template = "{% for m in messages %}<|im_start|>{{ m.content }}<think>{% endfor %}{{ eos_token }}"
+        replace(directory / "chat_template.jinja", template)
+        stop_at_turn_end(directory)
+
+    model = variant(bench.store, narrow, stop_often)
+    end: Any = words.convert_tokens_to_ids("<think>")
+    assert set(model.facts.stop_token_ids) == {*stops, end}
+    result = bench.run("quantize.gguf", {"model": model}, scheme="Q8_0")[""]
+    assert result.facts.stop_token_ids == model.facts.stop_token_ids
+    left = result.facts.unmarked_stop_token_ids
+    assert left and set(left) < {1, *stops[1:4]}
+    with GgufModel(result.gguf_file, context=64) as file:
+        assert set(model.facts.stop_token_ids) - file.stop_token_ids == set(left)
+        assert end in file.stop_token_ids
 
 
 def test_a_wrong_pre_tokenizer_is_found_out(bench: Any, pico: Any) -> None:

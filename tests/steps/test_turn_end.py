@@ -85,43 +85,26 @@ def tokenizer() -> Any:
     return found
 
 
-@pytest.mark.parametrize(
-    ("template", "end"),
-    [
-        (CHATML, "<|im_end|>"),
-        (QWEN3, "<|im_end|>"),
-        (LLAMA3, "<|eot_id|>"),
-        (GEMMA, "<end_of_turn>"),
-        (BREAK_FIRST, "<end_of_turn>"),
-        (MISTRAL, "<|endoftext|>"),
-        (PHI3, "<|end|>"),
-        (GLM4, "<|user|>"),
-        (GPT_OSS, "<|return|>"),
-        (COHERE, "<|END_OF_TURN|>"),
-        (TAGGED, "<|im_end|>"),
-        (ALWAYS_OPEN, "<|eot_id|>"),
-        (PLAIN, None),
-        (REFUSING, None),
-        (None, None),
-    ],
-    ids=[
-        "chatml",
-        "qwen3",
-        "llama3",
-        "gemma",
-        "break",
-        "mistral",
-        "phi3",
-        "glm4",
-        "gpt-oss",
-        "cohere",
-        "tagged",
-        "always-open",
-        "plain",
-        "refusing",
-        "none",
-    ],
-)
+ENDS = {
+    "chatml": (CHATML, "<|im_end|>"),
+    "qwen3": (QWEN3, "<|im_end|>"),
+    "llama3": (LLAMA3, "<|eot_id|>"),
+    "gemma": (GEMMA, "<end_of_turn>"),
+    "break": (BREAK_FIRST, "<end_of_turn>"),
+    "mistral": (MISTRAL, "<|endoftext|>"),
+    "phi3": (PHI3, "<|end|>"),
+    "glm4": (GLM4, "<|user|>"),
+    "gpt-oss": (GPT_OSS, "<|return|>"),
+    "cohere": (COHERE, "<|END_OF_TURN|>"),
+    "tagged": (TAGGED, "<|im_end|>"),
+    "always-open": (ALWAYS_OPEN, "<|eot_id|>"),
+    "plain": (PLAIN, None),
+    "refusing": (REFUSING, None),
+    "none": (None, None),
+}
+
+
+@pytest.mark.parametrize(("template", "end"), ENDS.values(), ids=ENDS)
 def test_a_templates_end_is_what_it_writes_behind_an_answer(tokenizer: Any, template: str, end: str | None) -> None:
     tokenizer.chat_template = template
     found = turn_end(tokenizer)
