@@ -25,7 +25,7 @@ class Ending:
     """A row a step, for people."""
     notes: tuple[str, ...] = ()
     """What must be known beside the figures of its reports, a sentence each."""
-    picture: Path | None = None
+    picture: bytes | None = None
     """The comparison as a PNG."""
     links: dict[str, str] = field(default_factory=dict)
     """Pages on this run by their name, where a server shows them."""

@@ -6,11 +6,13 @@ from pathlib import Path
 from flows.ending import Ending
 from flows.execution import Execution, StepState, versions
 from flows.publication import Publication, publish_release
-from flows.report import ReportStep, RunReport, comparison_png, prefect_table, read_notes, write_report
+from flows.report import ReportStep, RunReport, comparison_png, prefect_table, read_notes, report_page
 from flows.team.state import mlflow_url
+from steps.artifacts.atomic import write_atomic
 from steps.frame.spec import METRICS_NAME
 
 REPORT = "report.html"
+PICTURE = "comparison.png"
 COMPARING = ("evaluate.compare", "evaluate.tasks")
 """Step kinds whose Report the page shows as a comparison of models."""
 CHOOSING = "evaluate.best"
@@ -22,25 +24,25 @@ def finish(execution: Execution, *, publish: bool) -> Ending:
     done = Ending.of(execution)
     publication = publish_release(execution) if done.ok and publish else Publication("")
     report = report_of(execution, publication.sentence)
-    page = write_report(report, report_path(execution))
+    page, picture = report_page(report), comparison_png(report)
     record = execution.record
-    record.log_file(page)
+    record.log_file(page, REPORT)
     record.log_table("steps", table := prefect_table(report))
     record.log_metrics(_headline_metrics(report))
-    image = page.with_name("comparison.png")
-    image.unlink(missing_ok=True)
-    if picture := comparison_png(report):
-        image.write_bytes(picture)
-        record.log_file(image)
+    if picture:
+        record.log_file(picture, PICTURE)
+    shown = report_path(execution)
+    show_latest(shown, page)
+    show_latest(shown.with_name(PICTURE), picture)
     execution.close(ok=done.ok)
     execution.ending = Ending.of(
         execution,
         publication.sentence,
         publication.release,
-        report=page,
+        report=shown,
         table=table,
         notes=tuple(read_notes(report)),
-        picture=image if picture else None,
+        picture=picture,
         links=_links(execution),
     )
     return execution.ending
@@ -76,6 +78,14 @@ def _links(execution: Execution) -> dict[str, str]:
 def report_path(execution: Execution) -> Path:
     """Return where the report of a recipe's latest run lies."""
     return execution.home.root / "reports" / execution.plan.graph.loaded.name / REPORT
+
+
+def show_latest(path: Path, content: bytes | None) -> None:
+    """Put a part of the report where the latest run's lies. Of two runs that end at once, each leaves it whole."""
+    if content is None:
+        path.unlink(missing_ok=True)
+    else:
+        write_atomic(path, content)
 
 
 def report_of(execution: Execution, publication: str) -> RunReport:

@@ -58,7 +58,7 @@ def show_ending(ending: Ending) -> None:
     _shown(create_markdown_artifact, key=slug(recipe, "outcome"), markdown=outcome(ending), description="How it ended")
     _shown(create_table_artifact, key=slug(recipe, "steps"), table=ending.table, description="Steps")
     if ending.picture:
-        data = base64.b64encode(ending.picture.read_bytes()).decode()
+        data = base64.b64encode(ending.picture).decode()
         address = f"data:image/png;base64,{data}"
         _shown(
             create_image_artifact, key=slug(recipe, "comparison"), image_url=address, description="Quality against size"

@@ -148,7 +148,7 @@ def publish(
         registrar.set_candidate(version)
         state = registrar.state()
     execution.set_tags({"posttrain.family": family, "posttrain.release": release})
-    execution.log_text(decision.model_dump_json(indent=1), "gate_decision.json")
+    execution.log_file(decision.model_dump_json(indent=1).encode(), "gate_decision.json")
     return state.release(str(version))
 
 

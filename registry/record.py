@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from registry.errors import Lost, RegistryError, refusal
@@ -275,13 +274,9 @@ class Execution:
         self._client.set_tag(self.run_id, f"posttrain.cached.{mlflow_name(name)}", entry.run_id)
         self._note(name, "cached", entry)
 
-    def log_file(self, path: Path, folder: str = "") -> None:
-        """Copy a file (a report) into the execution."""
-        self.location.write(path.read_bytes(), f"{folder}/{path.name}" if folder else path.name)
-
-    def log_text(self, text: str, name: str) -> None:
-        """Write a small text file into the execution."""
-        self.location.write(text.encode(), name)
+    def log_file(self, content: bytes, name: str) -> None:
+        """Write a small file (a report, a decision) into the execution."""
+        self.location.write(content, name)
 
     def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Log rows as a table that MLflow's page shows, under `tables/`."""

@@ -1,7 +1,6 @@
-"""The page: everything a run's report shows, rendered from the template and written in one rename."""
+"""The page: everything a run's report shows, rendered from the template."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from flows import units
@@ -15,21 +14,16 @@ from flows.report.samples import typical_samples
 TEMPLATE = "report.html.j2"
 
 
-def write_report(run: RunReport, path: Path) -> Path:
-    """Write the report to `path`, whole or not at all; return `path`.
+def report_page(run: RunReport) -> bytes:
+    """Return the report as a file's content, in UTF-8.
 
     The page needs nothing beside it, no network and no script, and equal runs give equal bytes.
 
     Raises:
         FileNotFoundError: a comparison's directory lacks `rows.jsonl` or `summary.json`.
     """
-    page = render_report(run)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     # Half of a surrogate pair, which a model may well produce, has no UTF-8: it becomes a question mark.
-    partial.write_text(page, encoding="utf-8", errors="replace")
-    partial.replace(path)
-    return path
+    return render_report(run).encode("utf-8", errors="replace")
 
 
 def render_report(run: RunReport) -> str:

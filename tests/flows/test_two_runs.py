@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.finish import show_latest
 from tests.flows.command import Command
 
 RECIPE = """
@@ -23,6 +24,22 @@ publish:
   members: [sft]
   gates: [{metric: quality.perplexity, against: champion, no_worse_by: 0.05}]
 """
+
+
+def test_reports_of_runs_that_end_at_once_stay_whole(tmp_path: Path) -> None:
+    shown = tmp_path / "reports" / "twice" / "comparison.png"
+    contents = [letter * 500_000 for letter in (b"a", b"b")]
+
+    def end(mine: bytes) -> None:
+        for _ in range(40):
+            show_latest(shown, mine)
+            assert shown.read_bytes() in contents
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(end, contents))
+    assert [path.name for path in shown.parent.iterdir()] == [shown.name]
+    show_latest(shown, None)
+    assert not shown.exists()
 
 
 @pytest.mark.slow

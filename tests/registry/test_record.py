@@ -245,7 +245,7 @@ def test_a_cached_step_leads_to_the_run_that_made_it(workshop: Workshop) -> None
     execution.note_cached("gguf[Q4_K_M]", entry)
     execution.log_table("comparison", [{"candidate": "merged", "kl": 0.1}, {"candidate": "gguf"}])
     execution.log_metrics({"steps.cached": 1})
-    execution.log_text("<html>", "report.html")
+    execution.log_file(b"<html>", "report.html")
     execution.finish("FAILED")
     run = workshop.recorder.tracking.client.get_run(execution.run_id)
     assert run.data.tags["posttrain.cached.gguf:Q4_K_M"] == entry.run_id
