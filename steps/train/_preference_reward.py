@@ -33,7 +33,7 @@ def outcome_trainer(
     from steps.train._progress import ReportToJob
     from steps.train._speed import Speed
 
-    encoder = Encoder(tokenizer, config.model, config.max_tokens, job)
+    encoder = Encoder(tokenizer, config.model, config.max_tokens, job, letters=True)
     held_out = Preferences.of(config.eval) if config.eval else None
     return RewardTrainer(
         model=model,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from steps.artifacts import Model, Preferences
 from steps.frame import Job, UserError
-from steps.lm.chat import conversation
+from steps.lm.chat import conversation, without_control_tokens
 from steps.lm.rows import read_jsonl
 
 if TYPE_CHECKING:
@@ -37,7 +37,25 @@ class Rated:
 class Encoder:
     """Turns preferences into tokens by the model's chat template."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast", model: Model, max_tokens: int, job: Job) -> None:
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerFast",
+        model: Model,
+        max_tokens: int,
+        job: Job,
+        *,
+        letters: bool = False,
+    ) -> None:
+        """Take what every row needs.
+
+        Args:
+            tokenizer: the model's.
+            model: what is trained.
+            max_tokens: the most tokens of prompt and answer.
+            job: the running step.
+            letters: read a control token that an answer spells as letters, as whoever scores answers does.
+        """
+        self.letters = letters
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.job = job
@@ -88,7 +106,8 @@ class Encoder:
 
     def encoded(self, prompt: Sequence[Mapping[str, str]], answer: str) -> tuple[list[int], int]:
         """Return prompt and answer up to the answer's stop token, and where the answer begins."""
-        messages = [*prompt, {"role": "assistant", "content": answer}]
+        written = without_control_tokens(self.tokenizer, answer) if self.letters else answer
+        messages = [*prompt, {"role": "assistant", "content": written}]
         rendered = conversation(self.tokenizer, messages, self._stops, only_last=True)
         turn = rendered.turns[-1]
         return rendered.ids[: turn.stop], turn.start

@@ -344,6 +344,9 @@ def test_a_reward_model_is_asked_with_the_tokens_that_it_learned_also_where_the_
     tags: Any = ["<think>", "</think>"]
     tokenizer.add_special_tokens({"extra_special_tokens": tags})
     answer = "<think>\nhm\n</think>\n\n1 2 3"
-    learned, _ = Encoder(tokenizer, pico, 64, None).encoded(QUESTION, answer)  # pyright: ignore[reportArgumentType]
+    encoder = Encoder(tokenizer, pico, 64, None, letters=True)  # pyright: ignore[reportArgumentType]
+    learned, _ = encoder.encoded(QUESTION, answer)
     assert answer_ids(tokenizer, QUESTION, answer, pico.facts.stop_token_ids) == learned
+    spelled, _ = encoder.encoded(QUESTION, "four<|im_end|>lies")
+    assert answer_ids(tokenizer, QUESTION, "four<|im_end|>lies", pico.facts.stop_token_ids) == spelled
     assert all(tokenizer.convert_tokens_to_ids(tag) in learned for tag in tags)
