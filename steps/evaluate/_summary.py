@@ -10,6 +10,7 @@ import numpy as np
 from steps.evaluate._measure import Contender, Measured
 from steps.evaluate._runtimes import runtime_name
 from steps.evaluate._samples import Sample
+from steps.lm.generate import text_of
 from steps.lm.scoring import bootstrap_interval, exact_match, perplexity, rouge_l
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def judge(
         for index, sample in enumerate(samples)
     ]
     for row, sample, ids in zip(rows, samples, measured.generation.answers, strict=False):
-        answer = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        answer = text_of(tokenizer, ids).strip()
         row |= {"answer": answer, "score": _round(_SCORES[score](sample.expected, answer))}
     return Judged(contender, rows, _metrics(contender, rows), _intervals(rows))
 

@@ -11,8 +11,14 @@ from calibration_rows import publish_conversations
 from variants import replace, scale_noise, variant
 
 from steps.artifacts import Dataset, Model, Report
+from steps.evaluate._measure import Contender, Measured
 from steps.evaluate._process import run_in_child
+from steps.evaluate._runtimes import Generation
+from steps.evaluate._samples import Sample
+from steps.evaluate._summary import judge
 from steps.frame import UserError
+from steps.lm.chat import token_ids
+from steps.lm.checkpoint import load_tokenizer
 from steps.lm.rows import read_jsonl
 
 SMALL = {"rows": 8, "max_tokens": 160, "generate_rows": 3, "new_tokens": 12}
@@ -140,6 +146,18 @@ def test_weights_that_are_not_numbers_fail_by_name(bench: Any, pico: Model, data
     result = bench.attempt("evaluate.compare", inputs, names=("broken",), **SMALL)
     assert result.status == "failed"
     assert "broken: its logits on sample" in result.message
+
+
+def test_thinking_between_special_tags_is_told_from_the_answer(pico: Model) -> None:
+    tokenizer = load_tokenizer(pico.path)
+    tags: Any = ["<think>", "</think>"]
+    tokenizer.add_special_tokens({"extra_special_tokens": tags})
+    expected = "<think>\nhm\n</think>\n\n1 2 3"
+    ids = token_ids(tokenizer, expected + "<|im_end|>")
+    sample = Sample("one", [{"role": "user", "content": "Count."}], expected, "", ids, 0, len(ids))
+    measured = Measured([1.0], None, [], Generation([ids], None))
+    judged = judge(Contender("a", pico), measured, measured, [sample], tokenizer, "exact")
+    assert [(row["answer"], row["score"]) for row in judged.rows] == [(expected, 1.0)]
 
 
 def test_a_child_that_dies_is_named() -> None:
