@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ LOCK = ROOT / LOCK_NAME
 BINDING = "llama_cpp_python"
 COMPILED = ("PyPcre", "pycosat")
 """Packages that are compiled here. Never from pip's cache: PyPcre is built for one processor unless told otherwise."""
+_LOOK_SECONDS = 0.5
 MADE_FROM = ("requirements.lock", "pyproject.toml", "infra/setup.sh", "infra/setup/*.py", "infra/*.lock")
 """What the environment is made from, as the rule for `.venv/.ready` in the Makefile has it."""
 OURS_ALONE = ("LLAMA_CPP_LIB_PATH", "POSTTRAIN_LLAMA_CPP_VARIANT")
@@ -71,7 +72,12 @@ def _set_up(stages: Stages) -> None:
     with ThreadPoolExecutor(2) as pool:
         llama_cpp = pool.submit(_build_llama_cpp, stages)
         try:
-            pool.submit(_install_packages, stages).result()
+            packages = pool.submit(_install_packages, stages)
+            # A signal that comes just before a wait without end is seen at its end only: Ctrl-C would be lost.
+            while wait([packages, llama_cpp], _LOOK_SECONDS, FIRST_EXCEPTION).not_done:
+                for failed in filter(Future.done, (packages, llama_cpp)):
+                    failed.result()
+            packages.result()
             wheel = llama_cpp.result()
         except BaseException:
             stages.stop()

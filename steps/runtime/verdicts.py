@@ -10,7 +10,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -25,6 +25,7 @@ from steps.runtime.proof import Proof, Verdict, all_proofs, prove
 BROKEN = "POSTTRAIN_BROKEN"
 """Environment variable in which a run tells its processes which runtimes it found broken, separated by commas."""
 _PRECISIONS = ("bfloat16", "float32")
+_LOOK_SECONDS = 0.5
 _ALWAYS = "torch"
 """The package without which nothing works: it is never hidden."""
 
@@ -76,8 +77,11 @@ def prove_and_keep(runtimes: Iterable[str]) -> list[Verdict]:
     chosen = [all_proofs()[name] for name in runtimes]
     with ThreadPoolExecutor(2) as pool, children.together():
         measuring = [_prove_and_keep(proof) for proof in chosen if proof.measures]
-        others = list(pool.map(_prove_and_keep, (proof for proof in chosen if not proof.measures)))
-    found = {verdict.runtime: verdict for verdict in (*measuring, *others)}
+        others = [pool.submit(_prove_and_keep, proof) for proof in chosen if not proof.measures]
+        # A signal that comes just before a wait without end is seen at its end only: Ctrl-C would be lost.
+        while wait(others, _LOOK_SECONDS).not_done:
+            pass
+    found = {verdict.runtime: verdict for verdict in (*measuring, *(each.result() for each in others))}
     return [found[proof.runtime] for proof in chosen]
 
 
