@@ -8,6 +8,7 @@ from flows.graph import Graph, Node, Opponent
 from flows.plan import REGISTRY, graph_keys
 from flows.publish_check import judged_gates
 from flows.publish_check import published as published_nodes
+from flows.rounds import round_of
 from registry.family import find, release_id
 from registry.home import Home
 from registry.members import Family, Member, Release
@@ -21,9 +22,10 @@ CHAMPION = "champion"
 def with_opponent(graph: Graph, home: Home, root: Path) -> Graph:
     """Add the champion's members as candidates to the comparisons that gates against it look at.
 
-    Each published member that is judged meets the champion's of the same name; the principal one, and one that the
-    champion has not, its principal. A member that both share is equal to itself and not measured twice. A release that
-    is champion is compared with the one that it succeeded, so that its steps stay cached on a second run.
+    Each published member that is judged meets the champion's of the same name, in whichever round; the principal one,
+    and one that the champion has not, its principal. A member that both share is equal to itself and not measured
+    twice. A release that is champion is compared with the one that it succeeded, so that its steps stay cached on a
+    second run.
 
     Raises:
         UserError: a gate's report cannot measure the champion.
@@ -58,7 +60,7 @@ def _with_release(graph: Graph, published: Sequence[str], keys: Mapping[str, str
     for index, gate in judged_gates(graph):
         if not gate.against or not gate.member:
             continue
-        member = counterpart(release, gate.member, is_principal=gate.member == published[0])
+        member = counterpart(release, graph.nodes[gate.member], is_principal=gate.member == published[0])
         if member.key == keys[gate.member]:
             shared.add(gate.member)
             continue
@@ -89,16 +91,22 @@ def opponent_of(family: Family, release: str) -> Release | None:
     return next((each for version in before for each in family.releases if each.version == version), None)
 
 
-def counterpart(release: Release, name: str, *, is_principal: bool) -> Member:
+def counterpart(release: Release, node: Node, *, is_principal: bool) -> Member:
     """Return the champion's member that a candidate's meets.
 
     Args:
         release: the champion.
-        name: the candidate's member, as the recipe calls it.
+        node: the step that gives the candidate's member.
         is_principal: whether it is the candidate's principal member.
     """
-    alike = [member for member in release.members if member.role == name]
-    return release.members[0] if is_principal or not alike else alike[0]
+    if is_principal:
+        return release.members[0]
+    known = {member.role: member for member in release.members}
+    if not node.round:
+        return known.get(node.name, release.members[0])
+    # The champion may come of fewer rounds, or of more: what is alike is its last one.
+    alike = [(round, role) for role in known if (round := round_of(role, node))]
+    return known[max(alike)[1]] if alike else release.members[0]
 
 
 def _node(name: str, release: Release, member: Member) -> Node:

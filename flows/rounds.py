@@ -51,6 +51,13 @@ def titled(family: str, *parts: object) -> str:
     return f"{family}[{known}]" if known else family
 
 
+def round_of(name: str, node: "Node") -> int:
+    """Return of which round a name is, if a node of a group has that name in some round; else 0."""
+    number = name.removeprefix(f"{node.family}[").rstrip("]").partition(",")[0]
+    is_alike = number.isdecimal() and titled(node.family, int(number), node.member) == name
+    return int(number) if is_alike else 0
+
+
 def called(nodes: Iterable["Node"], name: str) -> list["Node"]:
     """Return the nodes that a name means from outside their group, round after round.
 

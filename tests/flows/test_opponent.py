@@ -8,17 +8,18 @@ from typing import Any
 
 import pytest
 
-from flows.graph import Graph, build_graph
+from flows.graph import Graph, Node, build_graph
 from flows.opponent import counterpart, with_opponent
 from flows.plan import graph_keys
 from flows.recipe import load_recipe
+from flows.rounds import titled
 from registry.errors import RegistryError
 from registry.family import find
 from registry.gates import Evidence, decide
 from registry.home import Home
 from registry.index import Index
 from registry.members import Family, Member, Release
-from steps.frame import UserError
+from steps.frame import UserError, load_kind
 from tests.flows.command import Command
 
 RECIPE = """
@@ -101,7 +102,22 @@ def test_a_member_that_the_champion_has_not_meets_its_principal(folder: Path) ->
     assert dict(graph.opponent.names) == {"gguf": "champion", "sft": "champion"}
     assert [ref.step for ref in graph.nodes["quality"].edges["candidates"]] == ["gguf", "champion"]
     only = family(member("merged", "hf", 1, "Model")).releases[0]
-    assert counterpart(only, "anything", is_principal=False) is only.members[0]
+    assert counterpart(only, graph.nodes["sft"], is_principal=False) is only.members[0]
+
+
+def test_a_member_of_a_round_meets_the_champions_of_its_last_round() -> None:
+    roles = ("gguf[2,Q8_0]", "sft[1,Q8_0]", "sft[9]", "sft[10]", "sft[Q8_0]", "tuned[11]")
+    champion = family(*(member(role, "hf", at, "Model") for at, role in enumerate(roles, start=1))).releases[0]
+
+    def met(name: str, round: int, value: str = "") -> str:
+        kind = load_kind("model.pico")
+        node = Node(titled(name, round, value), name, kind, kind.config(), member=value, round=round)
+        return counterpart(champion, node, is_principal=False).role
+
+    assert met("sft", 12) == "sft[10]", "the latest, by number"
+    assert (met("sft", 3, "Q8_0"), met("gguf", 1, "Q8_0")) == ("sft[1,Q8_0]", "gguf[2,Q8_0]")
+    assert (met("tuned", 1), met("sft", 0, "Q8_0")) == ("tuned[11]", "sft[Q8_0]")
+    assert met("gguf", 1, "Q4_K_M") == "gguf[2,Q8_0]" == champion.members[0].role, "none alike: the principal"
 
 
 def test_a_champion_that_no_report_can_measure_is_refused_before_anything_runs(folder: Path) -> None:
