@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from flows.gpu_claims import claim, release
 from flows.plan import Plan, PlannedStep, environment_python
 from registry.errors import RegistryError
-from registry.family import member_at
+from registry.family import member_with
 from registry.home import Home
 from registry.index import Entry
 from registry.record import Recorder, StepRecord
@@ -238,7 +238,7 @@ class Execution:
             if producer is not None:
                 entry = self.states[producer].entry
             else:
-                entry = self.recorder.find(member_at(self.home, uri).key)
+                entry = self.recorder.find(member_with(self.home, uri, digest).key)
             assert entry is not None
             self.recorder.fetch(digest, entry)
         return InputSpec(path=store.path(digest), digest=digest)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from flows.execution import Execution
 from flows.publish_check import judged_gates, published
-from registry.family import load, publish, release_id
+from registry.family import find, load, publish, release_id
 from registry.gates import Evidence, Gate, GateDecision, decide, terms_of
 from registry.home import Home
 from registry.index import Entry, Index
@@ -37,7 +37,9 @@ def is_current(execution: Execution) -> Publication:
     if len(entries) < len(execution.plan.steps) or not _is_known(execution.home, wanted.family):
         return Publication("")
     release = release_id([digest for _, digest, _ in _members(execution, entries)])
-    family = load(execution.home, wanted.family)
+    family = find(execution.home, wanted.family)
+    if family is None:
+        return Publication("")
     found = next((each for each in family.releases if each.id == release), None)
     if found is None or not _still_holds(execution, entries, found):
         return Publication("")

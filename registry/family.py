@@ -85,6 +85,22 @@ def member_at(home: Home, uri: str) -> Member:
     return resolve(home, family, reference or "champion", form or "hf")
 
 
+def member_with(home: Home, uri: str, digest: str) -> Member:
+    """Return the member of this digest, of the family that a `registry://` source names: what its reference meant once.
+
+    An alias moves, by another machine's publication, while what a plan resolved it to is awaited.
+
+    Raises:
+        RegistryError: there is none any more.
+    """
+    name = uri.removeprefix("registry://").partition("/")[0].partition("@")[0]
+    members = (member for release in load(home, name).releases for member in release.members)
+    found = next((member for member in members if member.digest == digest), None)
+    if found is None:
+        raise RegistryError(f"{uri}: `{name}` has no member {digest[:12]} any more, which it named when the run began")
+    return found
+
+
 def family_names(home: Home) -> list[str]:
     """Return the names of all families."""
     return _index(home).families() if home.embedded else names_of(Tracking(home))

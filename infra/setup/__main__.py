@@ -74,9 +74,10 @@ def _set_up(stages: Stages) -> None:
         try:
             packages = pool.submit(_install_packages, stages)
             # A signal that comes just before a wait without end is seen at its end only: Ctrl-C would be lost.
-            while wait([packages, llama_cpp], _LOOK_SECONDS, FIRST_EXCEPTION).not_done:
-                for failed in filter(Future.done, (packages, llama_cpp)):
-                    failed.result()
+            both: list[Future[Any]] = [packages, llama_cpp]
+            while wait(both, _LOOK_SECONDS, FIRST_EXCEPTION).not_done:
+                for ended in filter(Future.done, both):
+                    ended.result()
             packages.result()
             wheel = llama_cpp.result()
         except BaseException:

@@ -8,13 +8,17 @@ import pytest
 
 from flows.execution import Execution
 from flows.plan import PlannedStep
-from flows.publication import publish_release
+from flows.prepare import plan_recipe
+from flows.publication import is_current, publish_release
 from registry.errors import Lost
+from registry.family import publish
+from registry.gates import GateDecision
 from registry.home import Home
 from steps.artifacts import MANIFEST_NAME
 from tests.flows.test_publication import BOUND, Nights, found
 from tests.registry.conftest import migrated  # noqa: F401 - a fixture
 from tests.registry.test_server import server, server_root  # noqa: F401 - fixtures
+from tests.registry.workshop import Workshop
 
 
 def lose(server_root: Path, step: PlannedStep, output: str, *names: str) -> str:  # noqa: F811
@@ -58,6 +62,7 @@ def test_what_was_all_made_elsewhere_is_published_fetched_in_part_and_mended(mac
     home = machines.other.home
     execution = machines.plan()
     assert {(step.status, step.reason) for step in execution.plan.steps.values()} == {("cached", "made elsewhere")}
+    assert not is_current(execution), "there is no such family yet"
     assert {execution.run(name).outcome for name in execution.plan.steps} == {"cached"}
     release = found(publish_release(execution))
     execution.close(ok=True)
@@ -121,3 +126,31 @@ def test_what_is_lost_here_and_on_the_server_is_made_again_where_it_is_needed(
     made = execution.states["base"].entry
     assert made and not execution.recorder.lost(made.outputs[""], made), "the server has it again"
     assert machines.plan().plan.steps["base"].status == "cached"
+
+
+def test_a_champion_that_moves_while_a_run_waits_is_taken_as_it_was_planned(
+    server: str,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    one, other = Workshop(Home.at(tmp_path / "one", server)), Home.at(tmp_path / "other", server)
+
+    def release(seed: bytes) -> str:
+        execution = one.begin("moving")
+        model = one.model(seed)
+        members = [("m", model.digest, execution.record(one.step("m", model)))]
+        publish(execution, "moving", members, GateDecision(promote=True, sentence="Promoted."))
+        execution.finish()
+        return model.digest
+
+    first = release(b"first")
+    recipe = tmp_path / "goes-on.yaml"
+    recipe.write_text(
+        "name: goes-on\nbase: registry://moving\nsteps:\n  q: {uses: quantize.gguf, model: base, scheme: F16}\n",
+        encoding="utf-8",
+    )
+    execution = Execution(plan_recipe(str(recipe), (), thorough=False, home=other), other, 1)
+    assert release(b"second") != first
+    # What the step then says of weights that are made up does not matter here.
+    execution.run("base")
+    execution.close(ok=False)
+    assert other.store.has(first)
