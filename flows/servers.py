@@ -2,20 +2,16 @@
 
 import os
 import socket
-import ssl
 import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from http.client import HTTPException
 from pathlib import Path
-from typing import Any
 from uuid import UUID
 
+from flows.reach import LOOPBACK, answers, asking, is_absent, reach_directly, refusal
 from flows.team.state import prefect_url
 from registry.home import Home, silence_telemetry
 from registry.index import Index
@@ -25,8 +21,6 @@ from steps.frame.forkserver import die_with_parent
 _START_TIMEOUT = 90
 _ABSENCE = 60.0
 """Seconds after which a run gives up a server that others own."""
-_NOBODY_BEHIND = (502, 503, 504)
-"""Answers of a proxy that does not reach the server."""
 STARTING = "prefect"
 """Name of the lock on Prefect's database while a server makes or migrates its tables."""
 
@@ -71,7 +65,7 @@ class LocalServer:
     def __init__(self, home: Home) -> None:
         self.folder = home.root / "prefect"
         self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}/api"
+        self.url = f"http://{LOOPBACK}:{self.port}/api"
         self.process: subprocess.Popen[bytes] | None = None
         # The servers of runs at one time share the database: only one may make its tables.
         self._starting = ExitStack()
@@ -102,7 +96,7 @@ class LocalServer:
         assert process is not None, "start() comes first"
         deadline = time.monotonic() + _START_TIMEOUT
         with self._starting:
-            while not is_healthy(self.url):
+            while not answers(f"{self.url}/health"):
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise UserError(f"the local Prefect server did not start; see {self.folder / 'server.log'}")
                 time.sleep(0.1)
@@ -129,16 +123,21 @@ def prefect_api(home: Home) -> Iterator[tuple[str, Readiness]]:
 
     A server named by `PREFECT_API_URL`, or the one that `posttrain up` started, is used where it answers.
     """
-    url = os.environ.get("PREFECT_API_URL") or prefect_url(home)
-    if url and is_healthy(url):
-        os.environ["PREFECT_API_URL"] = url
+    reach_directly()
+    url = os.environ.get("PREFECT_API_URL") or ""
+    team = "" if url else prefect_url(home)
+    if url or (team and answers(f"{team}/health")):
+        os.environ["PREFECT_API_URL"] = url or team
+        # Prefect reads its settings once, when it is first imported.
         os.environ.setdefault("PREFECT_HOME", str(home.root / "prefect"))
-        yield url, Readiness()
+        if url and (why := refusal(url)):
+            said = str(why).partition("\n")[0] or type(why).__name__
+            raise UserError(
+                f"PREFECT_API_URL={url}: no Prefect server answers there ({said}); start it, or unset the variable"
+            )
+        yield url or team, Readiness()
         return
-    if os.environ.get("PREFECT_API_URL"):
-        raise UserError(f"PREFECT_API_URL={url}: no Prefect server answers there; start it, or unset the variable")
     server = LocalServer(home)
-    _reach_directly("127.0.0.1")
     server.start()
     os.environ["PREFECT_API_URL"] = server.url
     os.environ["PREFECT_HOME"] = str(server.folder)
@@ -201,43 +200,32 @@ def watched(url: str, lost: Callable[[], None], ended: Callable[[], bool] | None
     """
     over = threading.Event()
 
-    def look() -> None:
+    def look(away: Callable[[], bool]) -> None:
         last = time.monotonic()
         while not over.wait(0.5):
-            if not (ended() if ended else _is_absent(url)):
+            if not away():
                 last = time.monotonic()
             elif (ended or time.monotonic() - last > _ABSENCE) and not over.is_set():
                 return lost()
         return None
 
-    threading.Thread(target=look, daemon=True, name="prefect-server-lost").start()
+    def watch() -> None:
+        if ended:
+            return look(ended)
+        with asking(url) as client:
+            return look(lambda: is_absent(client))
+
+    threading.Thread(target=watch, daemon=True, name="prefect-server-lost").start()
     try:
         yield
     finally:
         over.set()
 
 
-def _is_absent(url: str) -> bool:
-    """Whether nobody answers for an API, asked as `is_healthy` asks; one that is too busy to answer is there."""
-    try:
-        with _health(url):
-            return False
-    except urllib.error.HTTPError as error:
-        return error.code in _NOBODY_BEHIND
-    except urllib.error.URLError as error:
-        return not isinstance(error.reason, TimeoutError | ssl.SSLError)
-    except (TimeoutError, ValueError):
-        return False
-    except OSError:
-        return True
-    except HTTPException:
-        return False
-
-
 def server_command(port: int) -> list[str]:
     """Return the command that serves Prefect's API and UI on loopback."""
     app = "prefect.server.api.server:create_app"
-    where = ["--host", "127.0.0.1", "--port", str(port)]
+    where = ["--host", LOOPBACK, "--port", str(port)]
     # A client that keeps its connection open must not hold up the end.
     ending = ["--timeout-graceful-shutdown", "2"]
     return [sys.executable, "-m", "uvicorn", "--factory", app, *where, *ending, "--log-level", "warning"]
@@ -254,34 +242,13 @@ def server_environment(folder: Path, extra: Mapping[str, str] | None = None) -> 
     }
 
 
-def is_healthy(url: str) -> bool:
-    """Whether a Prefect API answers at `url`."""
-    try:
-        with _health(url) as answer:
-            return answer.status == 200
-    except (urllib.error.URLError, OSError, ValueError):
-        return False
-
-
-def _health(url: str) -> Any:
-    # An opener of its own: the shared one goes by the proxies that were named when it was first used.
-    return urllib.request.build_opener().open(f"{url.rstrip('/')}/health", timeout=2)
-
-
-def _reach_directly(host: str) -> None:
-    """Have every client of this process and of its children reach a host without the proxy that others go through."""
-    known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    if known.strip() != "*" and host not in known.split(","):
-        os.environ["no_proxy"] = os.environ["NO_PROXY"] = f"{known},{host}" if known else host
-
-
 def free_port(wanted: int = 0) -> int:
     """Return a port on loopback that nobody listens on: the wanted one where it is free."""
     with socket.socket() as probe:
         try:
             # As servers do: a port whose last connections are still closing counts as free.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", wanted))
+            probe.bind((LOOPBACK, wanted))
         except OSError:
             return free_port()
         return int(probe.getsockname()[1])

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import psutil
 
+from flows.reach import answers, reach_directly
 from flows.team import processes
 from flows.team.state import MLFLOW, PREFECT, Team, state_file
 from registry.home import Home
@@ -43,6 +44,7 @@ def stop(home: Home) -> Stopped:
     Raises:
         UserError: a process could not be stopped.
     """
+    reach_directly()
     team = Team.read(home)
     servers = [team.services[name] for name in (PREFECT, MLFLOW) if name in team.services] if team else []
     spared = processes.tree(servers)
@@ -63,7 +65,7 @@ def _all(home: Home, team: Team | None) -> list[psutil.Process]:
 
 
 def _tell_server(team: Team) -> list[str]:
-    if not processes.answers(f"{team.url(PREFECT)}/api/health"):
+    if not answers(f"{team.url(PREFECT)}/api/health"):
         return []
     from flows.team.runs import cancel_begun, client_of
 

@@ -5,8 +5,6 @@ import shlex
 import signal
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +12,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from flows.reach import answers
 from flows.team.state import Running
 from registry.home import Home
 from steps.frame import UserError
@@ -52,15 +51,6 @@ def wait_for(name: str, service: Running, health: str, timeout: float = 90) -> N
         if time.monotonic() > deadline:
             raise UserError(f"{name} did not answer at {health} within {timeout:.0f} s; see {service.log}")
         time.sleep(0.1)
-
-
-def answers(url: str) -> bool:
-    """Whether a page answers with 200."""
-    try:
-        with urllib.request.urlopen(url, timeout=2) as answer:
-            return answer.status == 200
-    except (urllib.error.URLError, OSError, ValueError):
-        return False
 
 
 def members(home: Home) -> list[psutil.Process]:

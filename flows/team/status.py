@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from flows.team import processes
+from flows.reach import answers, reach_directly
 from flows.team.state import MLFLOW, PREFECT, WORKER, Running, Team
 from registry.home import Home
 
@@ -12,17 +12,18 @@ _RUNS = 10
 
 def status(home: Home) -> dict[str, Any]:
     """Return the services, the deployments with their schedules, and the last runs, as plain data."""
+    reach_directly()
     team = Team.read(home)
     services = {name: _service(name, running) for name, running in team.services.items()} if team else {}
     expected = {PREFECT, WORKER} if home.has_server else {PREFECT, MLFLOW, WORKER}
     up = expected <= services.keys() and all(service["up"] for service in services.values())
-    answers = bool(services.get(PREFECT, {}).get("up"))
-    deployments, runs = _history(team) if team and answers else ([], [])
+    answering = bool(services.get(PREFECT, {}).get("up"))
+    deployments, runs = _history(team) if team and answering else ([], [])
     return {"up": up, "home": str(home.root), "services": services, "deployments": deployments, "runs": runs}
 
 
 def _service(name: str, running: Running) -> dict[str, Any]:
-    healthy = running.alive and (name not in _HEALTH or processes.answers(f"{running.url}{_HEALTH[name]}"))
+    healthy = running.alive and (name not in _HEALTH or answers(f"{running.url}{_HEALTH[name]}"))
     return {"up": healthy, "pid": running.pid, "url": running.url, "log": str(running.log)}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
+from flows.reach import LOOPBACK, reach_directly
 from flows.servers import STARTING, free_port, server_command, server_environment
 from flows.team import processes
 from flows.team.down import stop
@@ -31,6 +32,8 @@ def up(home: Home, say: Callable[[str], None]) -> Team:
         UserError: a process did not start, or `infra/prefect.yaml` or a recipe's schedule is wrong.
     """
     silence_telemetry()
+    # Also the worker's flows, which inherit the environment.
+    reach_directly()
     _check_deployments()
     with Index(home.index).lock("team"):
         team = Team.read(home)
@@ -84,7 +87,7 @@ def _check_deployments() -> None:
 
 def _start_prefect(home: Home) -> Running:
     port = free_port(PREFECT_PORT)
-    url = f"http://127.0.0.1:{port}"
+    url = f"http://{LOOPBACK}:{port}"
     # The same database as that of a run's own server: one history. The UI's pages ask the API at the URL they are told.
     environment = server_environment(home.root / "prefect", {"PREFECT_UI_API_URL": f"{url}/api"})
     (home.root / "prefect").mkdir(parents=True, exist_ok=True)
@@ -95,10 +98,10 @@ def _start_mlflow(home: Home) -> Running:
     """Start MLflow's server over the files that embedded MLflow writes, so that all earlier runs are in it."""
     port = free_port(MLFLOW_PORT)
     home.mlruns.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", LOOPBACK, "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", home.tracking_uri, "--artifacts-destination", str(home.mlruns)]
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    url = f"http://127.0.0.1:{port}"
+    url = f"http://{LOOPBACK}:{port}"
     return processes.start(command, environment, home, folder(home) / "mlflow.log", url)
 
 

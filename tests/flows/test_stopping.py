@@ -1,6 +1,5 @@
 """A run that is stopped, by Ctrl-C or because its Prefect server has gone, ends soon and in one sentence."""
 
-import os
 import re
 import signal
 import socket
@@ -8,15 +7,12 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 from flows import servers
-from registry.home import Home
 from steps.frame.launch import Launcher
 from tests.flows.command import Command, kill_tree
 
@@ -110,77 +106,3 @@ def test_a_server_that_listens_is_not_lost_however_busy(monkeypatch: pytest.Monk
             assert not lost.wait(1.5), "it listens, though it answers nothing"
             busy.close()
             assert lost.wait(20)
-
-
-class Answers(BaseHTTPRequestHandler):
-    """A proxy, or a server: answers whatever it is asked as it stands."""
-
-    code = 200
-
-    def do_GET(self) -> None:
-        self.send_response(self.code)
-        self.end_headers()
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-def answering(code: int, port: int = 0) -> ThreadingHTTPServer:
-    server = ThreadingHTTPServer(("127.0.0.1", port), type("Answering", (Answers,), {"code": code}))
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    return server
-
-
-def away(server: ThreadingHTTPServer) -> None:
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_server_behind_a_proxy_is_there_while_the_proxy_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servers, "_ABSENCE", 0.2)
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    lost = threading.Event()
-    for code in (200, 401, 502):
-        proxy = answering(code)
-        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.server_port}")
-        with servers.watched("http://prefect.corp.internal:4200/api", lost.set):
-            assert lost.wait(20 if code == 502 else 1) == (code == 502)
-        away(proxy)
-
-
-def test_a_server_of_our_own_is_reached_past_a_proxy(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servers.LocalServer, "start", lambda server: None)
-    proxy = answering(403)
-    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.server_port}")
-    monkeypatch.setenv("no_proxy", "intranet")
-    monkeypatch.setenv("NO_PROXY", "intranet")
-    own = answering(200)
-    url = f"http://127.0.0.1:{own.server_port}/api"
-    assert not servers.is_healthy(url)
-    with servers.prefect_api(home):
-        assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == "intranet,127.0.0.1"
-        assert servers.is_healthy(url)
-    away(own)
-    away(proxy)
-
-
-def test_a_server_of_others_on_loopback_may_be_away_and_one_of_our_own_that_has_ended_is_lost_at_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    lost = threading.Event()
-    asked = threading.Event()
-    absent = servers._is_absent
-    monkeypatch.setattr(servers, "_is_absent", lambda url: absent(url) and not asked.set())
-    server = answering(200)
-    url = f"http://127.0.0.1:{server.server_port}/api"
-    with servers.watched(url, lost.set):
-        away(server)
-        assert asked.wait(20), "the tunnel is down"
-        assert not lost.wait(1), "and may come back"
-        server = answering(200, server.server_port)
-    with servers.watched(url, lost.set, lambda: False):
-        away(server)
-        assert not lost.wait(1), "a server of our own is there for as long as its process is"
-    with servers.watched(url, lost.set, lambda: True):
-        assert lost.wait(20)

@@ -80,8 +80,10 @@ class Site:
         environment = {
             name: value
             for name, value in os.environ.items()
-            if name not in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", MARK)
+            if name not in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", MARK, "no_proxy", "NO_PROXY")
         }
+        # As where everything goes through a proxy: it does not reach this machine's own servers.
+        environment |= dict.fromkeys(("http_proxy", "HTTP_PROXY"), "http://127.0.0.1:9")
         return subprocess.run(
             [str(self.python), "-c", "from flows.cli import main; main()", *arguments],
             cwd=self.folder,
