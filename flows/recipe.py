@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,9 @@ class StepEntry(BaseModel):
             raise ValueError(f"these are {members} combinations; {_MOST} are the most that a step is run for")
         if empty := [key for key, values in matrix.items() if not values]:
             raise ValueError(f"`{empty[0]}` has no value; leave the key out, or give it one")
+        names = Counter(_member(values) for values in itertools.product(*matrix.values()))
+        if alike := [name for name, count in names.items() if count > 1]:
+            raise ValueError(f"several combinations are called `{alike[0]}`; give each a value of its own")
         return matrix
 
     @property
@@ -85,7 +89,12 @@ class StepEntry(BaseModel):
     def combinations(self) -> list[tuple[str, dict[str, Any]]]:
         """The values of each combination, as text for the name and by key; one without any where no matrix is."""
         found = itertools.product(*self.matrix.values())
-        return [(",".join(map(str, values)), dict(zip(self.matrix, values, strict=True))) for values in found]
+        return [(_member(values), dict(zip(self.matrix, values, strict=True))) for values in found]
+
+
+def _member(values: Sequence[Any]) -> str:
+    """Return the text by which a combination is named; an empty one would be the name of the whole matrix."""
+    return ",".join(map(str, values)) or ("''" if values else "")
 
 
 class Carried(_Part):

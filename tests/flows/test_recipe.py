@@ -146,6 +146,18 @@ def test_settings_for_each_input_count_what_a_list_means(recipe: Build, parts: s
     assert f"small.yaml:11: steps.mixed: weights: 2 entries for {count} parts; give one for each part" in message
 
 
+def test_a_member_of_an_empty_text_is_one_of_all_that_the_matrix_means(recipe: Build) -> None:
+    several = "{uses: data.prepare, source: python-stdlib-docs, matrix: {system: ['', 'Be brief']}}"
+    plan = recipe(("publish", f"  d: {several}\n  mixed: {{uses: data.mix, parts: [d.train]}}\npublish"))
+    assert [str(ref) for ref in plan.nodes["mixed"].edges["parts"]] == ["d[''].train", "d[Be brief].train"]
+
+
+def test_members_that_are_called_alike_are_refused(recipe: Build) -> None:
+    several = "{uses: data.prepare, source: python-stdlib-docs, matrix: {limit: [20, '20']}}"
+    message = refusal(recipe, ("publish", f"  d: {several}\npublish"))
+    assert "small.yaml:10: steps.d.matrix: several combinations are called `20`; " in message
+
+
 def test_unknown_reference(recipe: Build) -> None:
     message = refusal(recipe, ("adapter: sft}", "adapter: stf}"))
     assert "steps.merged.adapter: there is no step `stf`; did you mean `sft`?" in message
