@@ -91,6 +91,55 @@ def test_a_gpu_has_one_lock_whatever_it_is_called(tmp_path: Path, monkeypatch: p
     assert oct(gpu_claims._FOLDERS[0].stat().st_mode)[-4:] == "1777"
 
 
+def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *minors: int, models: tuple[str, ...] = ()) -> None:
+    """A container with these GPUs of its machine, as the driver tells them; their addresses go by their numbers."""
+    monkeypatch.setattr(gpus, "_DRIVER", tmp_path / "driver")
+    monkeypatch.setattr(gpus, "_DEVICES", tmp_path / "dev")
+    (tmp_path / "dev").mkdir()
+    for place, minor in enumerate(minors):
+        told = tmp_path / "driver" / "gpus" / f"0000:{minor:02x}:00.0" / "information"
+        told.parent.mkdir(parents=True)
+        model = models[place] if models else "NVIDIA H100"
+        told.write_text(f"Model: \t\t {model}\nGPU UUID: \t GPU-{minor}f2ec0de-1111\nDevice Minor: \t {minor}\n")
+        (tmp_path / "dev" / f"nvidia{minor}").touch()
+
+
+def test_a_gpu_of_a_container_has_its_machines_lock_by_number_as_by_uuid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given(tmp_path, monkeypatch, 4, 7)
+    assert [physical_name(name) for name in ("0", "1", "GPU-4", "GPU-7f2ec0de-1111")] == ["4", "7", "4", "7"]
+    held = claim(["1"], 1)
+    assert held
+    assert claim(["GPU-7f2ec0de"], 1) is None
+    release(held)
+
+
+def test_the_number_of_a_gpu_among_several_models_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given(tmp_path, monkeypatch, 4, 7, models=("NVIDIA T4", "NVIDIA H100"))
+    assert physical_name("0") == "0", "CUDA counts the fastest first"
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    assert physical_name("0") == "4"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "names"),
+    [
+        ("GPU-4f2e,GPU-7", ["GPU-4f2e", "GPU-7"]),
+        ("GPU-7,GPU-5,GPU-4", ["GPU-7"]),
+        ("GPU-4f2e,GPU-4f2ec0de-1111", []),
+        ("MIG-1,MIG-2", ["MIG-1", "MIG-2"]),
+        ("1,4", ["1"]),
+    ],
+)
+def test_a_list_ends_before_a_gpu_that_is_not_there_and_names_none_twice(
+    chosen: str, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given(tmp_path, monkeypatch, 4, 7)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert gpus.gpus() == names
+
+
 def test_the_locks_lie_in_one_place_whatever_the_environment_says(tmp_path: Path) -> None:
     program = "from flows import gpu_claims; print(*gpu_claims._FOLDERS)"
     places = set()
@@ -154,7 +203,15 @@ def test_locks_lie_in_the_first_place_that_can_hold_them(tmp_path: Path, monkeyp
         ("0, 1", ["0", "1"]),
         (" 1 ,00", ["1", "0"]),
         ("GPU-8f2e , GPU-1", ["GPU-8f2e", "GPU-1"]),
+        ("GPU-8f2e,1", ["GPU-8f2e"]),
         ("0,-1,1", ["0"]),
+        ("0,GPU-8f2e", ["0"]),
+        ("1st,+0,x", ["1", "0"]),
+        ("0,5,1", ["0"]),
+        ("7", []),
+        ("0,0", []),
+        ("1,5,01", []),
+        ("GPU-8f2e,GPU-8f2e", []),
         ("", []),
         ("-1", []),
     ],
