@@ -1,12 +1,13 @@
 """The graph: a recipe's steps with their edges, checked for kinds and cycles before anything runs."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import ValidationError
 
+from flows.kinds_check import check_kinds
 from flows.publish_check import check_publish
 from flows.recipe import LoadedRecipe, Rounds, StepEntry, validation_error
 from flows.rounds import (
@@ -23,10 +24,9 @@ from flows.rounds import (
     picked,
     same_round,
     titled,
-    written,
 )
 from steps.artifacts import Artifact
-from steps.frame import Follow, Like, Ref, Resources, StepConfig, StepKind, UserError, load_kind
+from steps.frame import Follow, Ref, Resources, StepConfig, StepKind, UserError, load_kind
 from steps.frame.config import EdgeSpec, name_fields_of
 
 BASE = "base"
@@ -112,7 +112,7 @@ def build_graph(loaded: LoadedRecipe) -> Graph:
     ordered = _ordered(loaded, followed)
     check_carried(loaded, ordered, kinds=True)
     for node in ordered.values():
-        _check_kinds(loaded, node, ordered)
+        check_kinds(loaded, node, ordered)
     graph = Graph(loaded, ordered)
     check_publish(graph)
     return graph
@@ -125,19 +125,37 @@ def _draft_nodes(loaded: LoadedRecipe) -> dict[str, Node]:
     if base is not None:
         entry = StepEntry.model_validate({"uses": "model.source", "uri": base}) if isinstance(base, str) else base
         steps.insert(0, Occurrence(BASE, entry, (BASE,)))
-    nodes: dict[str, Node] = {}
+    drafts: dict[str, Node] = {}
+    given: dict[str, dict[str, Any]] = {}
     for step in steps:
         try:
             kind = load_kind(step.entry.uses)
         except UserError as error:
             raise loaded.error((*step.place, "uses"), str(error)) from None
         for member, values in step.entry.combinations:
-            node = _draft(loaded, step, kind, member, values)
-            nodes[node.name] = node
-    return nodes
+            node = _blank(step, kind, member)
+            drafts[node.name], given[node.name] = node, _given(loaded, step, kind, values)
+    # What a list means is told by the names of all steps.
+    return {name: _filled(loaded, node, given[name], drafts) for name, node in drafts.items()}
 
 
-def _draft(loaded: LoadedRecipe, step: Occurrence, kind: StepKind, member: str, values: Mapping[str, Any]) -> Node:
+def _blank(step: Occurrence, kind: StepKind, member: str) -> Node:
+    """Return a node that has its names, and no settings yet."""
+    return Node(
+        name=titled(step.family, step.round, member),
+        family=step.family,
+        kind=kind,
+        config=kind.config.model_construct(),
+        resources=step.entry.resources or kind.resources,
+        place=step.place,
+        group=step.group,
+        round=step.round,
+        member=member,
+    )
+
+
+def _given(loaded: LoadedRecipe, step: Occurrence, kind: StepKind, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a recipe gives to a member of a step."""
     given = _with_values(step.entry.config, values)
     if "seed" in kind.config.model_fields:
         # Each round draws anew, or it would only repeat the one before.
@@ -148,31 +166,43 @@ def _draft(loaded: LoadedRecipe, step: Occurrence, kind: StepKind, member: str, 
             given[edge.field] = [given[edge.field]]
         if given.get(edge.field) == [] and not edge.optional:
             raise loaded.error((*step.place, edge.field), "an empty list; name the steps that make what is wanted here")
-    config = _config(loaded, kind, step.place, given)
-    resources = step.entry.resources or kind.resources
-    try:
-        config.check_resources(resources)
-    except ValueError as error:
-        raise loaded.error((*step.place, "resources"), str(error)) from None
-    return Node(
-        name=titled(step.family, step.round, member),
-        family=step.family,
-        kind=kind,
-        config=config,
-        resources=resources,
-        place=step.place,
-        group=step.group,
-        round=step.round,
-        member=member,
-    )
+    return given
 
 
-def _config(loaded: LoadedRecipe, kind: StepKind, place: tuple[str, ...], given: Mapping[str, Any]) -> StepConfig:
-    """Check a step's settings."""
+def _filled(loaded: LoadedRecipe, node: Node, given: Mapping[str, Any], nodes: Mapping[str, Node]) -> Node:
+    """Check a step's settings against what its lists mean; they then hold again what is written."""
+    lists = {name: given[name] for name, edge in node.kind.edges.items() if edge.many and _are_names(given.get(name))}
+    counted = {name: _meant_by(loaded, node, name, refs, nodes) for name, refs in lists.items()}
     try:
-        return kind.config.model_validate(given)
+        config = node.kind.config.model_validate({**given, **counted})
     except ValidationError as error:
-        raise validation_error(error, loaded.file, place, kind.config, given) from None
+        raise validation_error(error, loaded.file, node.place, node.kind.config, given) from None
+    try:
+        config.check_resources(node.resources)
+    except ValueError as error:
+        raise loaded.error((*node.place, "resources"), str(error)) from None
+    as_written = {name: [Ref.parse(text) for text in refs] for name, refs in lists.items()}
+    return replace(node, config=config.model_copy(update=as_written))
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
+def _meant_by(
+    loaded: LoadedRecipe, node: Node, name: str, texts: Sequence[str], nodes: Mapping[str, Node]
+) -> list[Ref]:
+    """Return what a list of names means; a name that means nothing stands as it is, to be refused in its place."""
+    found: list[Ref] = []
+    for ref in map(Ref.parse, texts):
+        behind, output = _behind(loaded, node, ref, nodes)
+        found += [Ref(each.name, output) for each in behind] or [ref]
+    return _each_once(node, name, found)
+
+
+def _each_once(node: Node, name: str, refs: Sequence[Ref]) -> list[Ref]:
+    """Drop what is named before, where the step tells its inputs apart by name; two equal parts of a mix are two."""
+    return list(dict.fromkeys(refs)) if name in name_fields_of(node.kind.config).values() else list(refs)
 
 
 def _with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,12 +227,7 @@ def _connect(loaded: LoadedRecipe, node: Node, nodes: Mapping[str, Node]) -> Nod
         written = value if isinstance(value, list) else [] if value is None else [value]
         refs = [ref for each in written for ref in _resolve(loaded, node, edge, each, nodes)]
         if refs:
-            edges[name] = tuple(dict.fromkeys(refs))
-    # What a list means may be longer than what is written, or shorter: settings for each of its steps count those.
-    lists = {name: list(refs) for name, refs in edges.items() if node.kind.edges[name].many}
-    if lists:
-        given = {name: getattr(node.config, name) for name in node.config.model_fields_set}
-        _config(loaded, node.kind, node.place, given | lists)
+            edges[name] = tuple(_each_once(node, name, refs))
     return replace(node, edges=edges)
 
 
@@ -210,18 +235,25 @@ def _resolve(loaded: LoadedRecipe, node: Node, edge: EdgeSpec, ref: Ref, nodes: 
     """Return the outputs that a reference means: several where the field is a list and the name means several."""
     place = (*node.place, edge.field)
     group = loaded.recipe.steps.get(node.group)
-    if isinstance(group, Rounds):
-        spot = (node.group, node.round)
-        if ref.step not in group.carry and not same_round(spot, ref.step, nodes.values()):
+    within = isinstance(group, Rounds) and (
+        ref.step in group.carry or same_round((node.group, node.round), ref.step, nodes.values())
+    )
+    if not within:
+        if node.group:
             check_round(loaded, place, node.group, ref, nodes.values())
-            check_clear(loaded, place, nodes.values(), ref.step)
-        found, output = meant(group, spot, ref, nodes.values())
-    else:
         check_clear(loaded, place, nodes.values(), ref.step)
-        found, output = called(nodes.values(), ref.step), ref.output
+    found, output = _behind(loaded, node, ref, nodes)
     found = found if edge.many else latest(found)
     known = () if found else known_names(loaded, node, nodes.values())
     return picked(loaded, place, Ref(ref.step, output), found, known, many=edge.many, inside=node.group)
+
+
+def _behind(loaded: LoadedRecipe, node: Node, ref: Ref, nodes: Mapping[str, Node]) -> tuple[list[Node], str]:
+    """Return the nodes that a step's reference means, and the output; nothing is checked yet."""
+    group = loaded.recipe.steps.get(node.group)
+    if isinstance(group, Rounds):
+        return meant(group, (node.group, node.round), ref, nodes.values())
+    return called(nodes.values(), ref.step), ref.output
 
 
 def _follow(loaded: LoadedRecipe, node: Node, nodes: Mapping[str, Node]) -> Node:
@@ -306,45 +338,3 @@ def _cycle(loaded: LoadedRecipe, ring: list[Node]) -> UserError:
     if parent.group and not node.group:
         said = f"`{parent.family}` is made in the rounds of `{parent.group}`, which need `{node.name}` themselves"
     return loaded.error((*node.place, field), f"{said}: {shown}")
-
-
-def _check_kinds(loaded: LoadedRecipe, node: Node, nodes: Mapping[str, Node]) -> None:
-    for name, refs in node.edges.items():
-        wanted = node.kind.edges[name].kinds
-        for ref in refs:
-            given = nodes[ref.step].outputs[ref.output]
-            if not issubclass(given, wanted):
-                names = " or ".join(kind.named() for kind in wanted)
-                raise loaded.error(
-                    (*node.place, name),
-                    f"{node.kind.name} takes {names} here, `{ref}` ({nodes[ref.step].kind.name}) gives {given.named()}"
-                    f"{_fitting(loaded, node, wanted, nodes)}",
-                )
-    for declared in node.kind.produces.values():
-        if isinstance(declared, Like):
-            _check_alike(loaded, node, declared.field, nodes)
-
-
-def _check_alike(loaded: LoadedRecipe, node: Node, name: str, nodes: Mapping[str, Node]) -> None:
-    """Refuse inputs of several kinds where one of them is what the step gives."""
-    first, *others = node.edges.get(name, ())
-    for ref in others:
-        found, wanted = nodes[ref.step].outputs[ref.output], node.given[name]
-        if found is not wanted:
-            raise loaded.error(
-                (*node.place, name),
-                f"`{first}` gives {wanted.named()}, `{ref}` {found.named()}; name steps of one kind",
-            )
-
-
-def _fitting(
-    loaded: LoadedRecipe, node: Node, wanted: tuple[type[Artifact[Any]], ...], nodes: Mapping[str, Node]
-) -> str:
-    """Name the last step before this one whose output would fit."""
-    fits = [
-        str(Ref(written(loaded, each, node.group), output))
-        for each in itertools.takewhile(lambda other: other.name != node.name, nodes.values())
-        for output, kind in each.outputs.items()
-        if issubclass(kind, wanted)
-    ]
-    return f"; `{fits[-1]}` would fit" if fits else ""

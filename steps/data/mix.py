@@ -22,6 +22,7 @@ class MixData(StepConfig):
     """Mix data sets in given shares; a part's thinking can be kept or struck out, for models that switch."""
 
     parts: list[Input[Dataset]] = Field(min_length=1)
+    """What is mixed; a set that is named twice is two parts, say one with its thinking and one without."""
     weights: list[float] | None = None
     """Share of each part, relative to one another; equal shares when unset."""
     thinking: list[Mode] | None = None
@@ -29,8 +30,8 @@ class MixData(StepConfig):
     flags: bool = False
     """End the last user's turn with ` /think` or ` /no_think`, by which the model can then be switched."""
     rows: int | None = Field(default=None, ge=1)
-    """Rows in all; when unset, as many as the shares allow, which cuts every part to the one that is short. No row is
-    taken twice."""
+    """Rows in all; when unset, as many as the shares allow, which cuts every part to the one that is short. No row of a
+    part is taken twice."""
     union: bool = False
     """Take every row of every part, each once, in place of shares; of equal rows the one that has a task."""
     seed: int = 0

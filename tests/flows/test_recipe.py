@@ -36,7 +36,7 @@ def test_matrix_fans_out_and_a_list_fans_in(recipe: Build) -> None:
     quality = (
         "  quality: {uses: evaluate.compare, reference: merged, candidates: [base, gguf], data: data.eval}\npublish"
     )
-    graph = recipe(("publish", quality))
+    graph = recipe(("publish", quality.replace("gguf]", "gguf, base]")))
     node = graph.nodes["quality"]
     assert [ref.step for ref in node.edges["candidates"]] == ["base", "gguf[Q8_0]", "gguf[F16]"]
     assert node.config.model_dump()["names"] == ("base", "gguf[Q8_0]", "gguf[F16]")
@@ -138,12 +138,26 @@ def test_an_input_that_is_an_empty_list_is_refused_where_it_stands(recipe: Build
     assert f"small.yaml:10: steps.more.{key}: an empty list; name the steps" in message
 
 
-@pytest.mark.parametrize(("parts", "count"), [("[data.train, data.train]", 1), ("[several.train, data.train]", 3)])
-def test_settings_for_each_input_count_what_a_list_means(recipe: Build, parts: str, count: int) -> None:
+@pytest.mark.parametrize(
+    ("parts", "means"),
+    [
+        ("[data.train, data.train]", ["data.train", "data.train"]),
+        ("[several.train, data.train]", ["several[20].train", "several[30].train", "data.train"]),
+        ("several.train", ["several[20].train", "several[30].train"]),
+    ],
+)
+def test_settings_for_each_input_count_what_a_list_means(recipe: Build, parts: str, means: list[str]) -> None:
     several = "{uses: data.prepare, source: python-stdlib-docs, matrix: {limit: [20, 30]}}"
-    mixed = f"{{uses: data.mix, parts: {parts}, weights: [1, 2]}}"
-    message = refusal(recipe, ("publish", f"  several: {several}\n  mixed: {mixed}\npublish"))
-    assert f"small.yaml:11: steps.mixed: weights: 2 entries for {count} parts; give one for each part" in message
+
+    def changed(weights: int) -> tuple[str, str]:
+        mixed = f"{{uses: data.mix, parts: {parts}, weights: {list(range(1, weights + 1))}}}"
+        return "publish", f"  several: {several}\n  mixed: {mixed}\npublish"
+
+    count = len(means)
+    assert [str(ref) for ref in recipe(changed(count)).nodes["mixed"].edges["parts"]] == means
+    for other in (count - 1, count + 1):
+        said = f"small.yaml:11: steps.mixed: weights: {other} entries for {count} parts; give one for each part"
+        assert said in refusal(recipe, changed(other))
 
 
 def test_a_member_of_an_empty_text_is_one_of_all_that_the_matrix_means(recipe: Build) -> None:
