@@ -12,6 +12,10 @@ class Lost(RegistryError):
     """What MLflow once held and holds no longer, or holds damaged: asking again is of no use."""
 
 
+class Damaged(Lost):
+    """What MLflow holds is not what was recorded; found only when it was fetched."""
+
+
 def refusal(error: Exception) -> type[RegistryError]:
     """Return what an error of MLflow's client means: that something is not there, or anything else."""
     return Lost if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST" else RegistryError

@@ -42,7 +42,9 @@ class Entry(BaseModel):
 
 
 class Index:
-    """Files under one root: `keys/<key>.json`, `families/<family>.json`, `pending/<key>`, `locks/<name>`."""
+    """Files under one root: `keys/<key>.json`, `families/<family>.json`, `pending/<key>`, `damaged/<digest>`,
+    `locks/<name>`.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -81,6 +83,22 @@ class Index:
     def is_pending(self, key: str) -> bool:
         """Whether a record of this step was begun and not ended: its process was killed, or still runs."""
         return (self.root / "pending" / key).exists()
+
+    def note_damage(self, digest: str, place: str, what: str) -> None:
+        """Note that MLflow holds an artifact damaged at a place, a model or a run: only fetching it tells."""
+        write_atomic(self.root / "damaged" / digest, f"{place}\n{what}".encode())
+
+    def damage(self, digest: str, place: str) -> str:
+        """Return what was found damaged there, empty where nothing was."""
+        try:
+            where, _, what = (self.root / "damaged" / digest).read_text(encoding="utf-8").partition("\n")
+        except FileNotFoundError:
+            return ""
+        return what if where == place else ""
+
+    def forget_damage(self, digest: str) -> None:
+        """Note that it was given anew, or was fetched whole."""
+        (self.root / "damaged" / digest).unlink(missing_ok=True)
 
     def family(self, name: str) -> bytes | None:
         """Return the mirrored state of a family."""

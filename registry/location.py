@@ -1,23 +1,15 @@
 """Artifact locations: where MLflow keeps the files of one run or one model, on this machine or behind a server."""
 
 import shutil
-import tempfile
 import uuid
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
-from registry.errors import Lost, RegistryError
-from registry.importing import importing
+from registry.errors import Damaged, Lost, RegistryError
+from registry.remote import RemoteLocation
 from steps.artifacts import MANIFEST_NAME, Artifact, Manifest, Store, digest_file, link_or_copy
-
-if TYPE_CHECKING:
-    from mlflow.store.artifact.artifact_repo import ArtifactRepository
-    from requests import Response
-
-_CHUNK = 1 << 20
-_ABSENT = (404, 410)
-"""Answers of a server that does not have a file."""
 
 
 class Location(Protocol):
@@ -44,8 +36,14 @@ class Location(Protocol):
         """
         ...
 
-    def holds(self, name: str) -> bool:
-        """Whether a file is there; true where only fetching it would tell."""
+    def sizes(self, folder: str) -> Mapping[str, int | None]:
+        """Return the files that lie directly in a folder (empty: the location's own), by name, with their bytes.
+
+        Empty where there is no such folder; a size is None where the store does not tell it.
+
+        Raises:
+            RegistryError: there is no answer.
+        """
         ...
 
     def take(self, name: str, target: Path) -> int:
@@ -93,12 +91,14 @@ class LocalLocation:
         try:
             return (self.root / name).read_bytes()
         except OSError as error:
-            kind = Lost if isinstance(error, FileNotFoundError) else RegistryError
+            kind = Lost if isinstance(error, FileNotFoundError | NotADirectoryError) else RegistryError
             raise kind(f"{self.root / name} cannot be read ({error.strerror})") from error
 
-    def holds(self, name: str) -> bool:
-        """Whether a file is there."""
-        return (self.root / name).is_file()
+    def sizes(self, folder: str) -> dict[str, int | None]:
+        """Return the sizes of a folder's files."""
+        place = self.root / folder
+        found = place.iterdir() if place.is_dir() else ()
+        return {path.name: path.stat().st_size for path in found if path.is_file()}
 
     def take(self, name: str, target: Path) -> int:
         """Link the file."""
@@ -113,116 +113,10 @@ class LocalLocation:
         return 0
 
     def _fresh(self, name: str, target: Path) -> None:
-        if not self.holds(name):
+        if not (self.root / name).is_file():
             raise Lost(f"{self.root / name} is missing")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
-
-
-class RemoteLocation:
-    """A location behind MLflow's artifact repositories: the proxying server, S3, and so on."""
-
-    def __init__(self, uri: str, tracking_uri: str) -> None:
-        with importing():
-            from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-        self._uri = uri
-        self._tracking_uri = tracking_uri
-        self._repository: ArtifactRepository = get_artifact_repository(uri, tracking_uri=tracking_uri)
-
-    def below(self, folder: str) -> "RemoteLocation":
-        """Return the location of a folder inside this one."""
-        return RemoteLocation(f"{self._uri.rstrip('/')}/{folder}", self._tracking_uri)
-
-    def share(self, source: Path, name: str) -> None:
-        """Upload the file under its own name."""
-        folder = PurePosixPath(name).parent.as_posix()
-        self._repository.log_artifact(str(source), None if folder == "." else folder)
-
-    def write(self, content: bytes, name: str) -> None:
-        """Upload a small file."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, PurePosixPath(name).name)
-            path.write_bytes(content)
-            self.share(path, name)
-
-    def read(self, name: str) -> bytes:
-        """Download a small file."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "content")
-            self.copy(name, path)
-            return path.read_bytes()
-
-    def holds(self, name: str) -> bool:
-        """Whether a file is there, asked for by its first byte; true of other stores than MLflow's own server's."""
-        with importing():
-            from mlflow.exceptions import MlflowException
-            from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
-        from requests import RequestException
-
-        if not isinstance(self._repository, HttpArtifactRepository):
-            return True
-        try:
-            with _asked(self._repository.artifact_uri, name, "bytes=0-0") as response:
-                return response.status_code not in _ABSENT
-        except (MlflowException, RequestException):
-            return True
-
-    def take(self, name: str, target: Path) -> int:
-        """Download the file."""
-        return self.copy(name, target)
-
-    def copy(self, name: str, target: Path) -> int:
-        """Download the file, from where a broken download stopped if the server answers ranges."""
-        with importing():
-            from mlflow.exceptions import MlflowException
-            from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
-        from requests import RequestException
-
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            if isinstance(self._repository, HttpArtifactRepository):
-                return _download(self._repository.artifact_uri, name, target)
-            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-                Path(self._repository.download_artifacts(name, folder)).replace(target)
-            return 0
-        except (MlflowException, RequestException) as error:
-            kind = Lost if getattr(getattr(error, "response", None), "status_code", 0) in _ABSENT else RegistryError
-            where = self._repository.artifact_uri
-            raise kind(f"`{name}` cannot be fetched from {where} ({_why(error)})") from error
-
-
-def _download(artifact_uri: str, name: str, target: Path) -> int:
-    """Stream one file from MLflow's server, appending to what `target` already holds; return how much that was."""
-    held = target.stat().st_size if target.exists() else 0
-    with _asked(artifact_uri, name, f"bytes={held}-" if held else "") as response:
-        response.raise_for_status()
-        partial = response.status_code == 206
-        with target.open("ab" if partial else "wb") as stream:
-            for chunk in response.iter_content(_CHUNK):
-                stream.write(chunk)
-    return held if partial else 0
-
-
-def _asked(artifact_uri: str, name: str, span: str) -> "Response":
-    """Ask MLflow's server for a file, or for a span of its bytes."""
-    with importing():
-        from mlflow.utils.credentials import get_default_host_creds
-        from mlflow.utils.rest_utils import http_request
-
-    wish = {"Accept-Encoding": "identity", **({"Range": span} if span else {})}
-    response = http_request(get_default_host_creds(artifact_uri), f"/{name}", "GET", extra_headers=wish, stream=True)
-    if response is None:
-        raise RegistryError(f"the server gave no answer for `{name}`")
-    return response
-
-
-def _why(error: Exception) -> str:
-    """Return in a few words why a file was not given: servers send whole documents along."""
-    response = getattr(error, "response", None)
-    if response is not None:
-        return f"the server answers {response.status_code} {response.reason}"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def location_at(uri: str, tracking_uri: str) -> Location:
@@ -237,7 +131,8 @@ def read_manifest(location: Location, digest: str) -> Manifest:
     """Read and check the manifest of the artifact that lies at a location.
 
     Raises:
-        RegistryError: it is missing, is not the one with this digest, or names files outside the artifact.
+        Lost: it is missing, or is not the one with this digest.
+        RegistryError: it cannot be read, or names files outside the artifact.
     """
     try:
         manifest = Manifest.model_validate_json(location.read(MANIFEST_NAME))
@@ -252,6 +147,28 @@ def read_manifest(location: Location, digest: str) -> Manifest:
     return manifest
 
 
+def lacking(location: Location, manifest: Manifest) -> str:
+    """Return which file of an artifact a location lacks, or holds cut off; empty where all are there.
+
+    Each folder is listed once, and no file is fetched.
+
+    Raises:
+        RegistryError: there is no answer.
+    """
+    wanted = {MANIFEST_NAME: len(manifest.to_bytes()), **{name: each.size for name, each in manifest.files.items()}}
+    sizes: dict[str, Mapping[str, int | None]] = {}
+    for name, size in wanted.items():
+        folder = _folder(name)
+        if folder not in sizes:
+            sizes[folder] = location.sizes(folder)
+        held = sizes[folder].get(PurePosixPath(name).name, -1)
+        if held == -1:
+            return f"MLflow no longer holds `{name}` of artifact {manifest.digest[:12]}"
+        if held not in (None, size):
+            return f"`{name}` of artifact {manifest.digest[:12]} is damaged in MLflow's store: {held} of {size} bytes"
+    return ""
+
+
 def bring(location: Location, manifest: Manifest, names: list[str], staging: Path, *, own: bool) -> int:
     """Complete a staging directory with files of an artifact; return how many bytes were there already.
 
@@ -263,7 +180,9 @@ def bring(location: Location, manifest: Manifest, names: list[str], staging: Pat
         own: whether the bytes must be the directory's own, or may be shared with the location.
 
     Raises:
-        RegistryError: a file at the location is missing or damaged.
+        Lost: a file is missing at the location.
+        Damaged: a file is not the one that was recorded.
+        RegistryError: there is no answer.
     """
     kept = 0
     for name in names:
@@ -275,13 +194,13 @@ def bring(location: Location, manifest: Manifest, names: list[str], staging: Pat
             target.unlink()
         fetch = location.copy if own else location.take
         continued = fetch(name, target)
-        if continued and digest_file(target) != wanted:
-            # What was left from before was no prefix of the file: once more from the start.
+        if digest_file(target) != wanted:
+            # What was left from before was no prefix of the file, or it came damaged: once more from the start.
             target.unlink()
             continued = fetch(name, target)
         if digest_file(target) != wanted:
             target.unlink()
-            raise RegistryError(f"`{name}` of artifact {manifest.digest[:12]} is damaged in MLflow's store")
+            raise Damaged(f"`{name}` of artifact {manifest.digest[:12]} is damaged in MLflow's store")
         kept += continued
     return kept
 
@@ -296,3 +215,9 @@ def fetch(store: Store, location: Location, digest: str) -> Artifact:
         if path.is_file() and path.relative_to(staging).as_posix() not in manifest.files:
             path.unlink()
     return store.publish(staging, manifest)
+
+
+def _folder(name: str) -> str:
+    """Return the folder that holds a file, empty for the topmost."""
+    folder = PurePosixPath(name).parent.as_posix()
+    return "" if folder == "." else folder

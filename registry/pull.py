@@ -6,9 +6,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from registry.errors import RegistryError
+from registry.errors import Damaged, RegistryError
 from registry.family import resolve
 from registry.home import Home
+from registry.index import Index
 from registry.location import LocalLocation, Location, bring, read_manifest
 from registry.members import Member
 from registry.tracking import Tracking
@@ -80,7 +81,11 @@ def pull(home: Home, reference: str, format: str | None, to: Path) -> PullResult
     staging = to.with_name(f".{to.name}.pulling-{member.digest[:16]}")
     staging.mkdir(parents=True, exist_ok=True)
     _drop_strangers(staging, files)
-    resumed = bring(location, manifest, list(files), staging, own=True)
+    try:
+        resumed = bring(location, manifest, list(files), staging, own=True)
+    except Damaged as error:
+        Index(home.index).note_damage(member.digest, member.model_id, str(error))
+        raise
     (staging / MANIFEST_NAME).write_bytes(manifest.to_bytes())
     _settle(staging)
     staging.rename(to)

@@ -3,7 +3,7 @@
 import shutil
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,13 +11,14 @@ from registry.errors import Lost, RegistryError, refusal
 from registry.home import Home
 from registry.importing import importing
 from registry.index import Entry, Index
-from registry.location import LocalLocation, Location, fetch, read_manifest
+from registry.kept import Kept
+from registry.location import LocalLocation, Location
 from registry.processes import is_alive, own_tags, process_name
 from registry.run_data import json_tag, mlflow_name
 from registry.step_run import ENTRY_NAME, StepRecord, StepRun, output_folder, share_files
 from registry.tracking import Tracking
 from registry.versions import family_names, read_family
-from steps.artifacts import Artifact, Manifest
+from steps.artifacts import Artifact
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -90,6 +91,13 @@ class Recorder:
             self.index.put(entry)
         return entry
 
+    def others(self, entry: Entry) -> Iterator[Entry]:
+        """Yield what other finished runs of a step hold, the last to start first; the index is told of none."""
+        condition = f"tags.`posttrain.key` = '{entry.key}' AND attributes.status = 'FINISHED'"
+        for run in self.tracking.runs(condition):
+            if run.info.run_id != entry.run_id and (found := self._entry(run, entry.key)):
+                yield found
+
     def rebuild_index(self) -> int:
         """Write the index anew from all that MLflow knows, steps and families; return the number of steps."""
         found: dict[str, Entry] = {}
@@ -119,40 +127,23 @@ class Recorder:
             return self.tracking.of_model(entry.models[output], digest)
         return self.tracking.of_run(self._run(entry)).below(output_folder(output))
 
+    def kept(self, digest: str, entry: Entry) -> Kept:
+        """Return one of a step's outputs as MLflow keeps it."""
+        models = (entry.models.get(name) for name, each in entry.outputs.items() if each == digest)
+        place = next(models, None) or entry.run_id
+        return Kept(self.home, digest, place, lambda: self.location(entry, digest))
+
+    def kept_model(self, model_id: str, digest: str) -> Kept:
+        """Return the artifact that a version of a family names as MLflow keeps it."""
+        return Kept(self.home, digest, model_id, lambda: self.tracking.of_model(model_id, digest))
+
     def fetch(self, digest: str, entry: Entry) -> Artifact[Any]:
-        """Return an artifact from the local store, brought there from MLflow where it is missing or damaged.
-
-        Raises:
-            RegistryError: MLflow no longer holds it, or holds it damaged.
-        """
-        store = self.home.store
-        with self.index.lock(digest):
-            if store.fault(digest) is None:
-                return store.open(digest)
-            return fetch(store, self.location(entry, digest), digest)
-
-    def manifest(self, digest: str, entry: Entry) -> Manifest:
-        """Return the manifest of one of a step's outputs, from MLflow where the artifact itself is not here.
-
-        Raises:
-            RegistryError: MLflow no longer holds it, or holds it damaged.
-        """
-        store = self.home.store
-        return store.open(digest).manifest if store.has(digest) else read_manifest(self.location(entry, digest), digest)
+        """Return one of a step's outputs, see `Kept.fetch`."""
+        return self.kept(digest, entry).fetch()
 
     def lost(self, digest: str, entry: Entry) -> str:
-        """Return what MLflow no longer holds of one of a step's outputs; nothing where it has all, or gives no answer.
-
-        Each file is asked for, and none is fetched.
-        """
-        try:
-            place = self.location(entry, digest)
-            absent = next((name for name in read_manifest(place, digest).files if not place.holds(name)), None)
-        except Lost as error:
-            return str(error)
-        except RegistryError:
-            return ""
-        return f"MLflow no longer holds `{absent}` of artifact {digest[:12]}" if absent else ""
+        """Return what MLflow no longer holds of one of a step's outputs, see `Kept.lost`."""
+        return self.kept(digest, entry).lost()
 
     def write(self, execution: "Execution", step: StepRecord) -> Entry:
         """Record one finished step, see `Execution.record`."""
@@ -183,10 +174,13 @@ class Recorder:
             return entry
 
     def _entry(self, run: "Run", key: str) -> Entry | None:
-        """Read the entry that a finished run holds; None where its files are gone or not of this key."""
+        """Read the entry that a finished run holds; None where its files are gone or not of this key.
+
+        Where there is no answer the step may be made: that is no reason to make it again.
+        """
         try:
             entry = Entry.model_validate_json(self.tracking.of_run(run).read(ENTRY_NAME))
-        except (RegistryError, ValueError):
+        except (Lost, ValueError):
             return None
         return entry if entry.key == key and entry.run_id == run.info.run_id else None
 
@@ -214,8 +208,8 @@ class Recorder:
         for name, digest in entry.outputs.items():
             if isinstance(place := places[name], LocalLocation):
                 share_files(store.open(digest), place, "")
-            elif self.lost(digest, entry):
-                return False
+            elif (kept := self.kept(digest, entry)).lost():
+                kept.give()
         return True
 
     def _bury(self, key: str) -> None:

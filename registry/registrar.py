@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from registry.champions import Champions, Standing
-from registry.errors import RegistryError, nearest
+from registry.errors import Lost, RegistryError, nearest
 from registry.importing import importing
 from registry.index import Entry
 from registry.members import Family, selectors
@@ -13,6 +15,9 @@ from registry.run_data import json_tag
 from registry.step_run import format_of
 from registry.versions import FAMILY_TAG, family_names, is_ours, read_family, versions_of
 from steps.artifacts import Manifest
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
 
 
 class Registrar:
@@ -36,24 +41,41 @@ class Registrar:
 
     def register(self, release: str, members: Sequence[tuple[str, str, Entry]]) -> int:
         """Make the versions that the release still lacks; return the principal member's."""
-        manifests = [(role, self.recorder.manifest(digest, entry)) for role, digest, entry in members]
+        manifests = [(role, self.recorder.kept(digest, entry).manifest()) for role, digest, entry in members]
         names = selectors(self.family, manifests)
         there = self._there(release)
         for (role, digest, entry), (_, manifest), name in zip(members, manifests, names, strict=True):
-            if digest not in there:
+            if version := there.get(digest):
+                # A model that was deleted stays so: a version is bound to its model for ever.
+                with suppress(Lost):
+                    self._make_whole(version.tags["posttrain.model"], digest, entry)
+            else:
+                self._make_whole(entry.models.get(manifest.output, ""), digest, entry)
                 tags = _member_tags(role, manifest, name, release, head=digest == members[0][1])
                 self._version(digest, entry, manifest, tags)
         # Another machine may have published the same meanwhile: all take the versions that were first.
-        return self._there(release)[members[0][1]]
+        return int(self._there(release)[members[0][1]].version)
 
-    def _there(self, release: str) -> dict[str, int]:
+    def _there(self, release: str) -> "dict[str, ModelVersion]":
         """Return the versions that a release has, by the artifact's digest; of several the first."""
-        found: dict[str, int] = {}
+        found: dict[str, ModelVersion] = {}
         for version in versions_of(self.recorder.tracking, self.family):
             if is_ours(version) and version.tags["posttrain.release"] == release:
-                digest, number = version.tags["posttrain.digest"], int(version.version)
-                found[digest] = min(number, found.get(digest, number))
+                first = found.setdefault(version.tags["posttrain.digest"], version)
+                found[version.tags["posttrain.digest"]] = min(first, version, key=lambda each: int(each.version))
         return found
+
+    def _make_whole(self, model_id: str, digest: str, entry: Entry) -> None:
+        """See that a model that is to be published has its files, given again where MLflow lost them.
+
+        Raises:
+            Lost: the files are nowhere, or MLflow no longer holds the model itself.
+        """
+        kept = self.recorder.kept_model(model_id, digest)
+        if model_id and kept.lost():
+            # It may be another model than the step's: of an earlier run that gave the same.
+            self.recorder.fetch(digest, entry)
+            kept.give()
 
     def _version(self, digest: str, entry: Entry, manifest: Manifest, tags: dict[str, str]) -> None:
         model_id = entry.models.get(manifest.output)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from registry.errors import RegistryError, refusal
+from registry.errors import Lost, RegistryError, refusal
 from registry.home import Home
 from registry.importing import importing
 from registry.index import Index
@@ -127,7 +127,7 @@ class Tracking:
         if isinstance(location, LocalLocation) and not self.home.has_server:
             resolved = location.root.resolve()
             if not resolved.is_relative_to(self.home.mlruns.resolve()):
-                raise RegistryError(f"MLflow names {location.root}, which lies outside {self.home.mlruns}")
+                raise Lost(f"MLflow names {location.root}, which lies outside {self.home.mlruns}")
         return location
 
     @contextmanager

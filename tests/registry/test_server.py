@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import requests
 
 from registry.champions import replay
-from registry.errors import RegistryError
+from registry.errors import Lost
 from registry.family import family_names, load, publish, resolve, rollback
 from registry.gates import GateDecision
 from registry.home import Home
@@ -22,6 +23,7 @@ from registry.members import Release
 from registry.pull import pull
 from registry.record import Recorder
 from registry.versions import read_family, versions_of
+from steps.artifacts import MANIFEST_NAME
 from tests.registry.workshop import Workshop
 
 YES = GateDecision(promote=True, sentence="Promoted.")
@@ -33,19 +35,18 @@ def server_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("server")
 
 
-@pytest.fixture(scope="module")
-def server(server_root: Path, migrated: Path) -> Iterator[str]:
-    """URI of a server that proxies artifacts."""
-    root = server_root
+@contextmanager
+def serving(root: Path, migrated: Path, destination: str, **more: str) -> Iterator[str]:
+    """Yield the URI of a server that proxies artifacts, which lie at `destination`; `more` is its environment."""
     shutil.copyfile(migrated, root / "mlflow.db")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    store = ["--backend-store-uri", f"sqlite:///{root}/mlflow.db", "--artifacts-destination", str(root / "artifacts")]
+    store = ["--backend-store-uri", f"sqlite:///{root}/mlflow.db", "--artifacts-destination", destination]
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     with (root / "log.txt").open("wb") as log:
         # Without its job workers (LLM judges and the like) the server is one process and up in a third of the time.
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **more}
         process = subprocess.Popen(
             [*command, *store], stdout=log, stderr=log, cwd=root, env=environment, start_new_session=True
         )
@@ -62,6 +63,13 @@ def server(server_root: Path, migrated: Path) -> Iterator[str]:
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def server(server_root: Path, migrated: Path) -> Iterator[str]:
+    """URI of a server that proxies artifacts, which lie beside it."""
+    with serving(server_root, migrated, str(server_root / "artifacts")) as uri:
+        yield uri
 
 
 def released(workshop: Workshop, family: str, seed: bytes) -> Release:
@@ -198,12 +206,51 @@ def test_a_record_that_failed_is_made_whole(server: str, tmp_path: Path) -> None
     assert here.recorder.fetch(model.digest, entry).digest == model.digest
 
 
-def test_a_model_damaged_on_the_server_is_refused(server: str, server_root: Path, tmp_path: Path) -> None:
+def test_a_model_damaged_on_the_server_is_refused_and_given_again(
+    server: str, server_root: Path, tmp_path: Path
+) -> None:
     here = Workshop(Home.at(tmp_path / "here", server))
     release = released(here, "damaged", b"six")
-    (weights,) = server_root.glob(f"artifacts/**/{release.members[0].model_id}/artifacts/model.safetensors")
+    member = release.members[0]
+    (weights,) = server_root.glob(f"artifacts/**/{member.model_id}/artifacts/model.safetensors")
+    sound = weights.read_bytes()
     weights.chmod(0o644)
-    weights.write_bytes(b"flip" + weights.read_bytes()[4:])
-    with pytest.raises(RegistryError, match="is damaged in MLflow's store"):
+    weights.write_bytes(b"flip" + sound[4:])
+    with pytest.raises(Lost, match="is damaged in MLflow's store"):
         pull(Home.at(tmp_path / "away", server), "damaged", "hf", tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+    # Only fetching it tells; who has done so knows it from then on, and makes it again.
+    there = Workshop(Home.at(tmp_path / "there", server))
+    entry = there.recorder.find(member.key)
+    assert entry and not there.recorder.lost(member.digest, entry)
+    with pytest.raises(Lost, match="is damaged in MLflow's store"):
+        there.recorder.fetch(member.digest, entry)
+    assert "is damaged in MLflow's store" in there.recorder.lost(member.digest, entry)
+    execution = there.begin("damaged")
+    assert execution.record(there.step("merged", there.model(b"six"))) == entry
+    assert weights.read_bytes() == sound, "in its place: the release has it again"
+    assert not there.recorder.lost(member.digest, entry)
+    assert pull(Home.at(tmp_path / "away", server), "damaged", "hf", tmp_path / "x").digest == member.digest
+
+
+def test_what_a_server_lost_of_a_release_is_given_again_by_who_publishes_it(
+    server: str, server_root: Path, tmp_path: Path
+) -> None:
+    here = Workshop(Home.at(tmp_path / "here", server))
+    member = released(here, "given", b"seven").members[0]
+    (weights,) = server_root.glob(f"artifacts/**/{member.model_id}/artifacts/model.safetensors")
+    weights.unlink()
+    (weights.parent / MANIFEST_NAME).unlink()
+    execution = here.begin("given")
+    entry = here.recorder.find(member.key)
+    assert entry
+    again = publish(execution, "given", [("merged", member.digest, entry)], YES)
+    assert again.members[0].model_id == member.model_id
+    assert pull(Home.at(tmp_path / "away", server), "given", "hf", tmp_path / "x").digest == member.digest
+
+    weights.unlink()
+    shutil.rmtree(here.home.store.root)
+    with pytest.raises(Lost, match=r"`model\.safetensors` cannot be fetched"):
+        publish(here.begin("given"), "new", [("merged", member.digest, entry)], YES)
+    assert "new" not in family_names(here.home) or not load(here.home, "new").aliases
