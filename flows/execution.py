@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
+from flows.blocking import environment_python
 from flows.gpu_claims import claim, release
-from flows.plan import Plan, PlannedStep, environment_python
-from registry.errors import RegistryError
+from flows.plan import Plan, PlannedStep
+from registry.errors import Lost, RegistryError
 from registry.family import member_with
 from registry.home import Home
 from registry.index import Entry
@@ -159,9 +160,11 @@ class Execution:
         """Run a step, or only record it, unless another run of this home has done so since the plan."""
         step = state.planned
         made = self.recorder.index.get(step.key)
-        if made and self._is_sound(made):
+        left = step.result if step.status == "record" else None
+        # What is only to be recorded is so again where it was before: MLflow may have lost it.
+        if made and not (left and left.outputs == made.outputs) and self._is_sound(made):
             return self._take(state, made)
-        result = step.result if step.status == "record" and step.result else self._launch(state)
+        result = left or self._launch(state)
         state.message = result.message
         if result.status == "finished":
             assert state.began is not None
@@ -173,6 +176,9 @@ class Execution:
         """Whether a finished step's files are as they were: here, or on the server, which gives anew what is damaged.
 
         What is not here at all is fetched when it is asked for.
+
+        Raises:
+            RegistryError: the server gives no answer: the step may well be sound.
         """
         store, has_server = self.home.store, self.home.has_server
         for digest in entry.outputs.values():
@@ -186,7 +192,7 @@ class Execution:
                 return False
             try:
                 self.recorder.fetch(digest, entry)
-            except RegistryError:
+            except Lost:
                 return False
         return True
 
@@ -237,10 +243,10 @@ class Execution:
         if not store.has(digest):
             if producer is not None:
                 entry = self.states[producer].entry
+                assert entry is not None
+                self.recorder.fetch(digest, entry)
             else:
-                entry = self.recorder.find(member_with(self.home, uri, digest).key)
-            assert entry is not None
-            self.recorder.fetch(digest, entry)
+                self.recorder.kept_model(member_with(self.home, uri, digest).model_id, digest).fetch()
         return InputSpec(path=store.path(digest), digest=digest)
 
     def _remember(self, step: PlannedStep, result: StepResult, began: datetime) -> Entry:

@@ -2,13 +2,15 @@
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from flows.blocking import REGISTRY, blocked, is_to_run
 from flows.graph import Graph, Node
-from flows.runtimes import Say, fault, gpu_fault, imported, needed, prove_unproven, unproven
+from flows.publish_check import published
+from flows.runtimes import Say, imported, needed, prove_unproven
 from registry.errors import RegistryError
 from registry.family import member_at
 from registry.home import Home
@@ -20,13 +22,11 @@ from steps.frame import UserError
 from steps.frame.code import StepCode
 from steps.frame.config import sources_of
 from steps.frame.keys import plain_config, step_key
-from steps.frame.kinds import ABSENT, modules_of, version_of
-from steps.frame.scale import lacking
+from steps.frame.kinds import modules_of
 from steps.frame.spec import RESULT_NAME, SPEC_NAME, StepResult
-from steps.sources import check, fingerprint
+from steps.sources import fingerprint
 
 Status = Literal["cached", "record", "resume", "run", "blocked"]
-REGISTRY = "registry://"
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,9 @@ def make_plan(graph: Graph, home: Home, root: Path, *, thorough: bool, say: Say 
     steps = {name: known.planned(node, keys[name], alike[name]) for name, node in graph.nodes.items()}
     steps = known.with_made_again(graph, steps)
     if thorough:
-        todo = [step.node for step in steps.values() if _is_to_run(step)]
+        todo = [step.node for step in steps.values() if is_to_run(step)]
         prove_unproven((name for node in todo for name in (*imported(node), *needed(graph, node))), say)
-    reachable = {name: _blocked(graph, step, home, root) for name, step in steps.items()}
+    reachable = {name: blocked(graph, step, known.recorder, root) for name, step in steps.items()}
     return Plan(graph, reachable, registry, prints, code)
 
 
@@ -213,31 +213,46 @@ class _Known:
         return replace(_cached(step, entry), reason="" if len(here) == len(entry.outputs) else "made elsewhere")
 
     def with_made_again(self, graph: Graph, steps: Mapping[str, PlannedStep]) -> dict[str, PlannedStep]:
-        """Return the steps; those whose outputs are needed here, and are neither here nor on the server, are to run.
+        """Return the steps; those whose outputs are needed, and are neither here nor on the server, are to run.
 
-        Needed are the inputs of what is to run, and each report. Asked about is only what is not here.
+        Needed are the inputs of what is to run, each report, and what is published: that must be on the server in the
+        end, so it is asked about, and given again, also where it is here. Of all else only what is not here is.
         """
         found = dict(steps)
         if not self.home.has_server:
             return found
         needed = {name: {*(step.outputs or {})} for name, step in steps.items() if _is_read(step)}
+        members = {node.name for node in published(graph)}
         for name, node in reversed(list(graph.nodes.items())):
-            if why := self._lost(found[name], needed.get(name, set())):
-                found[name] = replace(
-                    found[name], status="run", entry=None, damaged=False, reason=f"made before, but {why}"
-                )
-            if _is_to_run(found[name]):
+            is_member = name in members
+            found[name] = self._had(found[name], {*needed.get(name, ()), *([""] if is_member else [])}, is_member)
+            if is_to_run(found[name]):
                 for ref in itertools.chain.from_iterable(node.edges.values()):
                     needed.setdefault(ref.step, set()).add(ref.output)
         return found
 
-    def _lost(self, step: PlannedStep, outputs: Iterable[str]) -> str:
-        """Return why outputs of a cached step cannot be had, or nothing."""
-        if step.status != "cached" or step.entry is None:
-            return ""
-        digests = [step.entry.outputs[name] for name in outputs]
-        absent = [digest for digest in digests if self.fault({"": digest})]
-        return next(filter(None, (self.recorder.lost(digest, step.entry) for digest in absent)), "")
+    def _had(self, step: PlannedStep, outputs: Set[str], is_member: bool) -> PlannedStep:
+        """Return a cached step of which outputs must be had: as it is, by another run of it, or to be made again."""
+        entry = step.entry
+        if step.status != "cached" or entry is None or not (why := self._lost(entry, outputs, is_member)):
+            return step
+        for other in self.recorder.others(entry):
+            if outputs <= other.outputs.keys() and not self._lost(other, outputs, is_member):
+                self.recorder.index.put(other)
+                return self.made(replace(step, damaged=False, reason=""), other)
+        again = replace(step, status="run", entry=None, damaged=False, reason=f"made before, but {why}")
+        if self.fault(entry.outputs):
+            return again
+        result = StepResult(
+            status="finished", outputs=entry.outputs, seconds=entry.seconds, peak_memory=entry.peak_memory
+        )
+        return replace(again, status="record", result=result, reason=f"{why}; it is here, and given again")
+
+    def _lost(self, entry: Entry, outputs: Iterable[str], is_member: bool) -> str:
+        """Return why outputs of a finished step cannot be had, or nothing; what is published is to be on the server."""
+        digests = {name: entry.outputs[name] for name in outputs}
+        asked = [each for name, each in digests.items() if (is_member and name == "") or self.fault({"": each})]
+        return next(filter(None, (self.recorder.lost(digest, entry) for digest in asked)), "")
 
     def fault(self, outputs: Mapping[str, str]) -> str | None:
         """Return what is wrong with the first unsound output, or None."""
@@ -283,53 +298,3 @@ def _fingerprint(
         return registry[uri]
     except (UserError, RegistryError) as error:
         raise graph.loaded.error((*node.place, name) if node.name != "base" else ("base",), str(error)) from None
-
-
-def _blocked(graph: Graph, step: PlannedStep, home: Home, root: Path) -> PlannedStep:
-    """Check what only matters for a step that is to run, here: that its sources answer and the machine has room."""
-    if not _is_to_run(step):
-        return step
-    for uris in sources_of(step.node.config).values():
-        for uri in uris:
-            try:
-                if not uri.startswith(REGISTRY):
-                    check(uri, root, home.cache)
-            except UserError as error:
-                where = graph.loaded.file.where(step.node.place)
-                return replace(step, status="blocked", reason=f"{where}: {error}")
-    environment = step.node.kind.environment
-    if environment and not environment_python(environment).exists():
-        return replace(
-            step, status="blocked", reason=f"needs the environment {environment_python(environment).parents[1]}"
-        )
-    absent = [name for name in step.node.config.packages if version_of(name) == ABSENT]
-    if absent:
-        said = graph.loaded.error(step.node.place, f"its settings need {absent[0]}, which is not installed")
-        return replace(step, status="blocked", reason=str(said))
-    key, why = lacking(step.node.resources)
-    if why:
-        said = graph.loaded.error((*step.node.place, "resources", key), why)
-        return replace(step, status="blocked", reason=str(said))
-    return step if environment else _with_verdict(graph, step)
-
-
-def _is_to_run(step: PlannedStep) -> bool:
-    return step.status not in ("cached", "record")
-
-
-def _with_verdict(graph: Graph, step: PlannedStep) -> PlannedStep:
-    """Block a step of which a native runtime is broken on this machine; say of which it is not known."""
-    runtimes = needed(graph, step.node)
-    if why := fault(runtimes):
-        return replace(step, status="blocked", reason=f"{graph.loaded.file.where(step.node.place)}: {why}")
-    said = [step.reason] if step.reason else []
-    if open_ := unproven(runtimes):
-        said.append(f"{', '.join(open_)} not proven on this machine yet")
-    if "torch" in runtimes and (why := gpu_fault()):
-        said.append(why)
-    return replace(step, reason="; ".join(said))
-
-
-def environment_python(name: str) -> Path:
-    """Return the interpreter of an environment of a step kind's own."""
-    return Path(".venvs") / name / "bin" / "python"

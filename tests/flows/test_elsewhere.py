@@ -1,6 +1,7 @@
 """What one machine made, another publishes and goes on from: a real MLflow server on loopback, and two homes."""
 
 import hashlib
+import itertools
 import re
 from pathlib import Path
 
@@ -9,16 +10,20 @@ import pytest
 from flows.execution import Execution
 from flows.plan import PlannedStep
 from flows.prepare import plan_recipe
-from flows.publication import is_current, publish_release
+from flows.publication import Publication, is_current, publish_release
 from registry.errors import Lost
-from registry.family import publish
+from registry.family import publish, rollback
 from registry.gates import GateDecision
 from registry.home import Home
+from registry.pull import pull
 from steps.artifacts import MANIFEST_NAME
-from tests.flows.test_publication import BOUND, Nights, found
+from tests.flows.test_publication import BOUND, NOT_WORSE, Nights, found
 from tests.registry.conftest import migrated  # noqa: F401 - a fixture
 from tests.registry.test_server import server, server_root  # noqa: F401 - fixtures
 from tests.registry.workshop import Workshop
+
+_SEEDS = itertools.count(1)
+"""All tests share a server: each has steps of its own."""
 
 
 def lose(server_root: Path, step: PlannedStep, output: str, *names: str) -> str:  # noqa: F811
@@ -38,8 +43,17 @@ class Machines:
     def __init__(self, one: Nights, other: Nights) -> None:
         self.one = one
         self.other = other
-        self.recipe = one.recipe(BOUND, "sft, gguf", 1, "Q8_0")
+        self.recipe = one.recipe(BOUND, "sft, gguf", next(_SEEDS), "Q8_0")
         one.run(self.recipe, {})
+
+    def publish(self) -> Publication:
+        """Publish on the other machine what all is made."""
+        execution = self.plan()
+        for name in execution.plan.steps:
+            execution.run(name)
+        publication = publish_release(execution)
+        execution.close(ok=True)
+        return publication
 
     def plan(self) -> Execution:
         """Plan on the other machine, every byte of what it has looked at."""
@@ -154,3 +168,62 @@ def test_a_champion_that_moves_while_a_run_waits_is_taken_as_it_was_planned(
     execution.run("base")
     execution.close(ok=False)
     assert other.store.has(first)
+
+
+def test_a_member_that_the_server_lost_is_made_or_given_again_before_it_is_published(
+    machines: Machines,
+    server_root: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    old = machines.plan().plan.steps["sft"]
+    digest = lose(server_root, old, "", "model.safetensors")
+    lose(server_root, machines.plan().plan.steps["gguf[Q8_0]"], "", MANIFEST_NAME)
+    planned = machines.plan().plan.steps
+    assert {name: step.status for name, step in planned.items() if step.status != "cached"} == {
+        "sft": "run",
+        "gguf[Q8_0]": "run",
+    }
+    assert planned["sft"].reason.startswith("made before, but MLflow no longer holds `model.safetensors` of artifact")
+
+    # The machine that made them gives them again, in their place.
+    execution = machines.one.plan(machines.recipe, thorough=True)
+    assert {step.status for step in execution.plan.todo} == {"record"}
+    assert "it is here, and given again" in execution.plan.steps["sft"].reason
+    assert {execution.run(name).outcome for name in execution.plan.steps} == {"cached", "finished"}
+    execution.close(ok=True)
+    assert machines.plan().plan.steps["sft"].entry == old.entry
+    assert not machines.plan().plan.todo
+
+    # What was made again in another run is found by who has the older one in the index.
+    assert old.entry
+    machines.other.workshop.recorder.tracking.client.delete_logged_model(old.entry.models[""])
+    execution = machines.one.plan(machines.recipe, thorough=True)
+    assert [step.name for step in execution.plan.todo] == ["sft"]
+    assert {execution.run(name).outcome for name in execution.plan.steps} == {"cached", "finished"}
+    execution.close(ok=True)
+    new = machines.plan().plan.steps["sft"]
+    assert new.status == "cached" and new.entry and new.entry.run_id != old.entry.run_id
+    release = found(machines.publish())
+    assert release.members[0].model_id == new.entry.models[""]
+    assert pull(machines.other.home, "nights", "hf", tmp_path / "pulled").digest == digest
+
+
+def test_a_champion_that_is_lost_blocks_the_night_and_says_what_to_do(
+    machines: Machines,
+    server_root: Path,  # noqa: F811
+) -> None:
+    for _ in range(2):
+        machines.recipe = machines.one.recipe(BOUND, "sft, gguf", next(_SEEDS), "Q8_0")
+        machines.one.run(machines.recipe, {})
+        machines.publish()
+    lost = machines.plan().plan.steps["sft"]
+    machines.recipe = machines.one.recipe(NOT_WORSE, "sft, gguf", next(_SEEDS), "Q8_0")
+    assert machines.plan().plan.steps["champion"].status == "run"
+    lose(server_root, lost, "", "model.safetensors")
+    step = machines.plan().plan.steps["champion"]
+    assert step.status == "blocked"
+    assert "MLflow no longer holds `model.safetensors` of artifact" in step.reason
+    assert step.reason.endswith("; `posttrain rollback nights` makes the release before it champion")
+    assert machines.one.plan(machines.recipe).plan.steps["champion"].status == "run", "it is here"
+    rollback(machines.other.workshop.recorder, "nights")
+    assert machines.plan().plan.steps["champion"].status == "run"
