@@ -267,6 +267,7 @@ class Execution:
                 libraries=node.kind.library_versions(node.config),
                 inputs=inputs,
                 outputs=dict(result.outputs),
+                notes=result.notes,
                 metrics_file=work / METRICS_NAME,
                 plots_dir=work / PLOTS_NAME,
                 log_file=work / LOG_NAME,

@@ -125,6 +125,7 @@ def _step(execution: Execution, state: StepState) -> ReportStep:
         metrics=dict(entry.metrics) if entry else {},
         metrics_file=metrics_file if metrics_file.is_file() else None,
         message=state.message,
+        notes=entry.notes if entry else (),
         chosen=_chosen(state),
     )
 

@@ -33,6 +33,8 @@ class Entry(BaseModel):
     run_id: str
     metrics: Mapping[str, float] = {}
     """Last value of each metric."""
+    notes: tuple[str, ...] = ()
+    """What a person must know of the result, a sentence each."""
     seconds: float
     peak_memory: int
     """Bytes."""

@@ -47,6 +47,8 @@ class StepRecord(BaseModel):
     """Artifact digest by role (`model`, `candidates.0`)."""
     outputs: Mapping[str, str]
     """Artifact digest by output name (empty where there is one)."""
+    notes: tuple[str, ...] = ()
+    """What a person must know of the result, a sentence each."""
     metrics_file: Path | None = None
     """Lines `{"step": int | null, "time": seconds, "values": {name: float}}`."""
     plots_dir: Path | None = None
@@ -100,6 +102,9 @@ class StepRun:
             if made.kind not in MODEL_KINDS:
                 share_files(made, self.location, f"{output_folder(name)}/")
         self._log_work()
+        if self.step.notes:
+            text = "".join(f"{note}.\n\n" for note in self.step.notes)
+            self.client.set_tag(self.run_id, "mlflow.note.content", text[:8000])
         metrics = self._log_metrics(artifacts, models)
         if models:
             with importing():
@@ -116,6 +121,7 @@ class StepRun:
             models=models,
             run_id=self.run_id,
             metrics=metrics,
+            notes=self.step.notes,
             seconds=self.step.seconds,
             peak_memory=self.step.peak_memory,
             size=sum(made.size for made in artifacts.values()),

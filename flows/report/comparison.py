@@ -177,8 +177,8 @@ def read_comparisons(run: RunReport) -> list[Comparison]:
 
 
 def read_notes(run: RunReport) -> list[str]:
-    """Return what must be known beside the figures of a run's comparisons, `STEP: ...` each."""
-    found = []
+    """Return what must be known of a run's results and beside the figures of its comparisons, `STEP: ...` each."""
+    found = [f"{step.name}: {note}" for step in run.steps for note in step.notes]
     for name, folder in run.comparisons.items():
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         found += [f"{name}: {note}" for note in summary.get("notes", ())]

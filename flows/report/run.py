@@ -32,6 +32,8 @@ class ReportStep:
     """`metrics.jsonl`, lines of `{"step": int | null, "time": float, "values": {...}}`: the curves."""
     message: str = ""
     """Why it failed, was refused or skipped."""
+    notes: Sequence[str] = ()
+    """What a person must know of its result, a sentence each."""
     chosen: str = ""
     """Name of the step whose output it chose among several (`evaluate.best`)."""
 

@@ -1,6 +1,5 @@
 """`data.mix`: several data sets in given shares, with thinking or without."""
 
-import itertools
 import json
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -9,7 +8,7 @@ from pydantic import Field, model_validator
 
 from steps.artifacts import Dataset, DatasetFacts, Draft
 from steps.data._conversations import row_id
-from steps.data._hashing import uniform
+from steps.data._hashing import different_ids, uniform
 from steps.frame import Input, Job, Resources, StepConfig, UserError, step
 from steps.lm.rows import read_jsonl, write_jsonl
 from steps.lm.tasks import EMPTY_THINKING, THINK_OPEN, final_answer
@@ -66,7 +65,8 @@ def mix_data(config: MixData, job: Job) -> Draft:
     rows = [row for _, _, row in sorted(drawn, key=lambda each: each[:2])]
     if config.union:
         rows = _each_once(rows)
-    rows = _with_ids_of_their_own(rows)
+    ids = different_ids((row["id"], row_id(row)) for row in rows)
+    rows = [{**row, "id": own} for row, own in zip(rows, ids, strict=True)]
     _tell_left_out(job, counts, available)
     out = job.output()
     write_jsonl(out / "rows.jsonl", rows)
@@ -94,25 +94,12 @@ def _each_once(rows: Sequence[Row]) -> list[Row]:
     return list(found.values())
 
 
-def _with_ids_of_their_own(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows, an id that came before replaced by that of the row's own messages, numbered where need be."""
-    seen: set[str] = set()
-    found = []
-    for row in rows:
-        own = row["id"] if row["id"] not in seen else row_id(row)
-        numbered = (f"{own}-{number}" for number in itertools.count(2))
-        name = own if own not in seen else next(each for each in numbered if each not in seen)
-        seen.add(name)
-        found.append({**row, "id": name})
-    return found
-
-
 def _tell_left_out(job: Job, counts: Sequence[int], available: Sequence[int]) -> None:
     left = {number: have - count for number, (count, have) in enumerate(zip(counts, available, strict=True), start=1)}
     job.log_metrics({f"left_out_{number}": float(rows) for number, rows in left.items()})
     if any(left.values()):
         told = ", ".join(f"{rows} of {available[number - 1]} of part {number}" for number, rows in left.items() if rows)
-        job.log.warning("by their shares these rows are left out: %s (`union: true` takes all)", told)
+        job.note(f"by their shares these rows are left out: {told} (`union: true` takes all)")
 
 
 def shares(weights: Sequence[float], available: Sequence[int], rows: int | None) -> list[int]:

@@ -35,6 +35,7 @@ class Job:
         self._work = spec.work
         self._last_progress = 0.0
         self._last_metrics: dict[str, float] = {}
+        self._notes: dict[str, None] = {}
         self._metrics = (spec.work / METRICS_NAME if rank == 0 else Path(os.devnull)).open("a", encoding="utf-8")
 
     @property
@@ -79,6 +80,22 @@ class Job:
     def last_metrics(self) -> dict[str, float]:
         """Last value of every metric that was logged."""
         return dict(self._last_metrics)
+
+    def note(self, sentence: str) -> None:
+        """Say what a person must know of the result (rows left out, and why): on the terminal, in report and MLflow.
+
+        It is said again whenever the result is taken from the cache; the same sentence counts once.
+
+        Args:
+            sentence: without full stop and without the step's name, which is put before it.
+        """
+        self._notes[sentence] = None
+        self.log.warning("%s", sentence)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was noted, in order."""
+        return tuple(self._notes)
 
     def log_figure(self, name: str, figure: "Figure") -> None:
         """Keep a matplotlib figure as `NAME.png` and `NAME.svg` among the step's plots."""

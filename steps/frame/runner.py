@@ -82,7 +82,7 @@ def _run(spec: StepSpec, rank: int) -> StepResult:
     store = Store(spec.store)
     outputs = {name: _publish(spec, kind, config, name, draft, parents, store).digest for name, draft in drafts.items()}
     own = ready - began + time.perf_counter() - done
-    return StepResult(status="finished", outputs=outputs, metrics=job.last_metrics, load_seconds=own)
+    return StepResult(status="finished", outputs=outputs, metrics=job.last_metrics, notes=job.notes, load_seconds=own)
 
 
 def _pin_code(spec: StepSpec) -> None:

@@ -68,6 +68,8 @@ class StepResult(_Message):
     """Why it was refused (bad input) or failed."""
     metrics: Mapping[str, float] = {}
     """Last value of each metric."""
+    notes: tuple[str, ...] = ()
+    """What a person must know of the result, a sentence each."""
     seconds: float = 0
     peak_memory: int = 0
     """Largest resident set of the process in bytes."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from flows.report import ReportStep, RunReport, comparison_png, prefect_table, render_report, report_page
+from flows.report import ReportStep, RunReport, comparison_png, prefect_table, read_notes, render_report, report_page
 from flows.report.comparison import read_comparison
 from flows.report.layout import layered
 from flows.report.samples import typical_samples
@@ -143,7 +143,13 @@ def test_hostile_text_stays_text(run: RunReport) -> None:
     assert "Grey text" in page.text, "a closing tag in a text must not end the style sheet"
 
 
-def test_text_without_utf8_is_written(run: RunReport, report_folder: Path, tmp_path: Path) -> None:
+def test_what_steps_note_is_shown_and_said(run: RunReport) -> None:
+    noted = replace(run, steps=[*run.steps[:1], replace(run.steps[1], notes=("2 rows were left out",)), *run.steps[2:]])
+    assert "2 rows were left out." in _Page(render_report(noted)).text
+    assert read_notes(noted)[0] == "data: 2 rows were left out"
+
+
+def test_text_without_utf8_is_written(run: RunReport, report_folder: Path) -> None:
     rows = report_folder / "rows.jsonl"
     rows.write_text(rows.read_text().replace("It returns what", r"It \ud83d returns what"))
     assert "It ? returns what" in report_page(run).decode()

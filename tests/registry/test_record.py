@@ -239,6 +239,16 @@ def test_a_dead_execution_is_marked_killed(workshop: Workshop) -> None:
     assert client.get_run(alive.run_id).info.status == "RUNNING"
 
 
+def test_what_a_step_notes_is_kept_with_its_result(workshop: Workshop) -> None:
+    note = "3 of 150 rows were left out: 3 near duplicates"
+    entry = workshop.begin().record(workshop.step("data", workshop.dataset(), notes=(note,)))
+    shutil.rmtree(workshop.home.index)
+    found = Recorder(workshop.home).find(entry.key)
+    assert found and found.notes == (note,)
+    tags = workshop.recorder.tracking.client.get_run(entry.run_id).data.tags
+    assert tags["mlflow.note.content"] == f"{note}.\n\n"
+
+
 def test_a_cached_step_leads_to_the_run_that_made_it(workshop: Workshop) -> None:
     entry = workshop.begin().record(workshop.step("gguf[Q4_K_M]", workshop.gguf(workshop.model(), "Q4_K_M")))
     execution = workshop.begin()
