@@ -52,9 +52,23 @@ class Conversation:
         return "" if self.system_added else system_of(self.messages)
 
     @property
-    def text(self) -> str:
-        """All contents, lower case, white space as single spaces: what duplicates are compared by."""
-        return " ".join(" ".join(content for _, content in self.messages).casefold().split())
+    def said(self) -> tuple[object, ...]:
+        """What it says to the letter, and which of its turns are learned: what exact duplicates are compared by."""
+        return (self.messages, self.unlearned)
+
+    @property
+    def words(self) -> int:
+        """Number of words in all messages."""
+        return sum(len(content.split()) for _, content in self.messages)
+
+    def words_of(self, *, assistant: bool) -> list[str]:
+        """Return the words of the assistant or of all others, lower case: what near duplicates are compared by."""
+        return [
+            word
+            for role, content in self.messages
+            if (role == "assistant") is assistant
+            for word in content.casefold().split()
+        ]
 
     def as_messages(self) -> list[dict[str, Any]]:
         """Return the messages as chat templates take them."""

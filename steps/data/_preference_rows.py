@@ -8,7 +8,7 @@ from typing import Any, Literal
 from steps.artifacts import Draft, Preferences, PreferencesFacts
 from steps.artifacts.manifest import canonical_json
 from steps.data._conversations import content_of, message_list, opening_of, system_of
-from steps.data._hashing import hexdigest
+from steps.data._hashing import different_ids, hexdigest
 from steps.frame.errors import UserError, did_you_mean
 from steps.sources.rows import SourceRow
 
@@ -32,6 +32,8 @@ class Preference:
     chosen: str | None
     rejected: str | None
     source: str
+    where: str = ""
+    """Where it was read, for messages; empty where it was made."""
     group: None = None
     """It belongs to nothing but its question."""
     system_added: bool = False
@@ -53,10 +55,9 @@ class Preference:
         return "" if self.system_added else system_of(self.prompt)
 
     @property
-    def text(self) -> str:
-        """All contents with white space as single spaces: what duplicates are compared by."""
-        parts = [*(content for _, content in self.prompt), self.chosen or "", "\0", self.rejected or ""]
-        return " ".join(" ".join(parts).split())
+    def said(self) -> tuple[object, ...]:
+        """What it says to the letter: what duplicates are compared by."""
+        return (self.prompt, self.chosen, self.rejected)
 
     @property
     def paired(self) -> bool:
@@ -86,14 +87,16 @@ def preference(row: SourceRow, source: str, columns: PreferenceColumns, system: 
     chosen, rejected = texts.get("chosen"), texts.get("rejected")
     if chosen is not None and rejected is not None and chosen.strip() == rejected.strip():
         raise UserError(f"{row.where}: `chosen` and `rejected` are the same answer; a preference needs two")
-    return Preference(prompt, chosen, rejected, source, system_added=added)
+    return Preference(prompt, chosen, rejected, source, row.where, system_added=added)
 
 
 def preferences_draft(out: Path, rows: Sequence[Preference], statistics: Mapping[str, float]) -> Draft:
     """Write rows, in the order of their ids, and say that they are an artifact."""
     from steps.lm.rows import write_jsonl
 
-    write_jsonl(out / "rows.jsonl", map(_as_row, sorted(rows, key=lambda row: row.id)))
+    rows = sorted(rows, key=lambda row: row.id)
+    ids = different_ids((row.id,) for row in rows)
+    write_jsonl(out / "rows.jsonl", map(_as_row, rows, ids))
     whole = all(row.paired for row in rows)
     return Preferences.draft(out, PreferencesFacts(rows=len(rows), paired=whole, statistics=statistics))
 
@@ -122,9 +125,9 @@ def preference_statistics(rows: Iterable[Preference]) -> dict[str, float]:
     }
 
 
-def _as_row(row: Preference) -> dict[str, Any]:
+def _as_row(row: Preference, own_id: str) -> dict[str, Any]:
     return {
-        "id": row.id,
+        "id": own_id,
         "prompt": [{"role": role, "content": content} for role, content in row.prompt],
         "chosen": row.chosen,
         "rejected": row.rejected,

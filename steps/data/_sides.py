@@ -1,8 +1,7 @@
 """On which side a row stands, to train, to choose or to test by: decided by its question alone."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 from steps.artifacts.manifest import canonical_json
 from steps.data._hashing import hexdigest, uniform
@@ -38,30 +37,31 @@ class Sided(Protocol):
         ...
 
 
+Question = Literal["user", "system+user"]
+"""Who says what is asked."""
+
+
 def sides_by_id(
-    rows: Sequence[Sided], seed: int, for_eval: float, for_test: float, read: Iterable[Sided] | None = None
+    rows: Sequence[Sided], seed: int, for_eval: float, for_test: float, asked_by: Question = "user"
 ) -> dict[str, str]:
     """Return on which side each row is, by its id: `train`, `eval` or `test`, where these shares are held out.
 
     What belongs together is on one side: rows hang together by their question and by their group, directly or through
     others. The side of each such set depends on the smallest of its groups, or of its questions where it has none: not
-    on the answers, so that a question stays where it is when it is answered anew, or otherwise in another file.
-
-    A question is what the user asks, and in sources that are told apart by their system messages (see
-    `asked_by_system`) what these say, too.
+    on the answers, nor on other rows, so that a question stays where it is when it is answered anew, in another file,
+    or among more rows.
 
     Args:
         rows: those that get a side.
         seed: another one, other sides.
         for_eval: share of rows that choices are made by.
         for_test: share of rows for the figures that are quoted.
-        read: all rows of their sources, by which it is known what asks there; `rows` alone when unset.
+        asked_by: whether a row's own system message is part of its question.
     """
-    by_system = asked_by_system(rows if read is None else read)
 
     def question(row: Sided) -> str:
         # Without a system message of its own a row has the question that it has in every other source.
-        told = row.system if row.source in by_system else ""
+        told = row.system if asked_by == "system+user" else ""
         return hexdigest(canonical_json([row.opening, told]))[:16] if told else row.opening
 
     above: dict[str, str] = {}
@@ -89,21 +89,17 @@ def sides_by_id(
     return found
 
 
-def asked_by_system(rows: Iterable[Sided]) -> set[str]:
-    """Return the sources whose rows differ more in their system messages than in what the user asks.
+def asked_by_system(rows: Iterable[Sided]) -> bool:
+    """Say whether what is asked may stand in the system messages: they differ more than what the user says.
 
-    There the user's words are always alike (`Summarise the document.`, a greeting) and the system message holds the
-    document or the person: it is part of the question. Elsewhere it says how to answer (be brief, think first), and
-    one question asked under two such messages is one question. What counts is how many different ones of each a source
-    has, so that files of one make fall alike, however many rows are taken of them.
+    There the user's words may always be alike (`Summarise the document.`, a greeting), and the system message holds
+    the document or the person. But a date or a number in it looks the same, so this only helps to say what to write.
     """
-    systems: dict[str, set[str]] = defaultdict(set)
-    openings: dict[str, set[str]] = defaultdict(set)
+    systems, openings = set[str](), set[str]()
     for row in rows:
-        openings[row.source].add(row.opening)
-        if row.system:
-            systems[row.source].add(row.system)
-    return {source for source, found in systems.items() if len(found) > len(openings[source])}
+        openings.add(row.opening)
+        systems.add(row.system)
+    return len(systems) > len(openings)
 
 
 def check_shares(for_eval: float, for_test: float) -> None:
@@ -130,21 +126,30 @@ def sides_not_given(shares: Mapping[str, float]) -> dict[str, str]:
     }
 
 
-def check_sides(source: str, sides: Mapping[str, Sequence[object]], shares: Mapping[str, float]) -> None:
+def check_sides(source: str, sides: Mapping[str, Sequence[Sided]], shares: Mapping[str, float]) -> None:
     """Refuse a side without rows that was asked for.
 
     Raises:
         UserError: naming the source and the key.
     """
+    if all(sides.values()):
+        return
+    rows = [row for side in sides.values() for row in side]
+    questions = len({row.opening for row in rows})
+    more = (
+        f"; its {len(rows)} rows have {questions} different questions, by what the user says: where the system message "
+        "holds what is asked about, write `question: system+user`"
+        if asked_by_system(rows)
+        else ""
+    )
     if not sides["train"]:
-        held_out = sum(map(len, sides.values()))
         raise UserError(
-            f"{source}: all {held_out} rows fell to the evaluation set and the test set; lower `eval_fraction` or "
-            "`test_fraction`"
+            f"{source}: all {len(rows)} rows fell to the evaluation set and the test set; lower `eval_fraction` or "
+            f"`test_fraction`{more}"
         )
     for name, share in shares.items():
         if share and not sides[name]:
             raise UserError(
                 f"{source}: none of the {len(sides['train'])} rows fell to `{name}`; raise `{name}_fraction`, or set "
-                "it to 0 to do without"
+                f"it to 0 to do without{more}"
             )

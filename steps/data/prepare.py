@@ -1,18 +1,20 @@
 """`data.prepare`: from raw rows to sets to train, to choose and to test by, in one form, without duplicates."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from steps.artifacts import Dataset, DatasetFacts, Draft, Model
 from steps.data._conversations import Columns, Conversation, conversation
-from steps.data._duplicates import without_exact, without_near
-from steps.data._hashing import uniform
-from steps.data._sides import check_shares, check_sides, given_sides, sides_by_id, sides_not_given
-from steps.frame import Follows, Input, Job, Resources, Source, StepConfig, UserError, step
+from steps.data._duplicates import Dropped, without_exact, without_near
+from steps.data._hashing import different_ids, uniform
+from steps.data._left_out import note_left_out
+from steps.data._settings import ReadRows
+from steps.data._sides import check_sides, given_sides, sides_by_id
+from steps.frame import Follows, Input, Job, Resources, UserError, step
 from steps.sources import read_rows
 
 if TYPE_CHECKING:
@@ -22,50 +24,20 @@ if TYPE_CHECKING:
 _BATCH = 256
 
 
-class PrepareData(StepConfig):
+class PrepareData(ReadRows):
     """Read rows, bring them into messages, drop duplicates, measure them and split off what is held out."""
 
-    source: Source | list[Source]
-    """Files, wildcards, `hf://datasets/ORG/NAME@REVISION`, `reasoning-gym://NAME?KEY=VALUE`, or `python-stdlib-docs`;
-    several are read in order."""
     model: Input[Model] | None = Follows("base", required=False)
     """Model whose tokenizer and chat template measure the rows; without one, lengths are counted in words."""
     near_dedup: float | None = Field(default=0.8, gt=0, lt=1)
-    """Similarity of word triples from which two rows count as the same; null keeps near duplicates."""
-    eval_fraction: float = Field(default=0.05, ge=0, lt=1)
-    """Share of rows held out for choices (checkpoints, candidates), by hash and seed. Rows that answer one question
-    (whose user's messages are the same up to the assistant's first turn) are on the same side: of one data set, and of
-    all that are split with one seed, the same fractions and no `group`. A source that has more different system
-    messages than questions holds in them what is asked about (a document): there the question is both."""
-    test_fraction: float = Field(default=0, ge=0, lt=1)
-    """Share of rows held out for the figures that are quoted, as the output `test`: nothing is chosen by them; 0 gives
-    no such output."""
+    """Similarity of word triples from which two rows count as the same, if both what is asked and what is answered are
+    that alike; what many rows begin or end with (an instruction) does not count. Null keeps near duplicates."""
     group: str | None = None
     """Column that says which rows belong together, a document or an author: they are on the same side, too."""
-    limit: int | None = Field(default=None, ge=1)
-    """Most rows to keep, chosen by hash."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Longest row in tokens of the chat template; longer ones are dropped and counted."""
     columns: Columns = {}
     """Columns of another layout: `{user: q, assistant: a}` or `{messages: turns}`."""
-    system: str | None = None
-    """System message for rows that have none."""
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _leaves_rows_to_learn(self) -> Self:
-        check_shares(self.eval_fraction, self.test_fraction)
-        return self
-
-    @property
-    def not_given(self) -> Mapping[str, str]:
-        """The sides of which no share is asked."""
-        return sides_not_given(self.shares)
-
-    @property
-    def shares(self) -> dict[str, float]:
-        """Share of rows on each side that is held out."""
-        return {"eval": self.eval_fraction, "test": self.test_fraction}
 
 
 @dataclass(frozen=True)
@@ -90,13 +62,26 @@ def prepare_data(config: PrepareData, job: Job) -> dict[str, Draft]:
     tokenizer = _tokenizer(config)
     # Of duplicates the first stays: one that has a task can be verified too.
     rows = sorted(_conversations(config, job), key=lambda row: row.task is None)
-    unique, exact = without_exact(rows)
-    distinct, near = (unique, 0) if config.near_dedup is None else without_near(unique, config.near_dedup)
+    unique, exact = without_exact(rows) if config.exact_dedup else (rows, [])
+    distinct, near = (unique, []) if config.near_dedup is None else without_near(unique, config.near_dedup)
     kept, too_long = _measured(distinct, config, tokenizer)
-    side_of = sides_by_id([one.row for one in kept], config.seed, config.eval_fraction, config.test_fraction, rows)
+    side_of = sides_by_id(
+        [one.row for one in kept], config.seed, config.eval_fraction, config.test_fraction, config.question
+    )
     sides = {side: [one for one in kept if side_of[one.row.id] == side] for side in given_sides(config.shares)}
-    counts = {"rows_read": len(rows), "exact_duplicates": exact, "near_duplicates": near, "too_long": too_long}
+    counts = {
+        "rows_read": len(rows),
+        "exact_duplicates": len(exact),
+        "near_duplicates": len(near),
+        "too_long": len(too_long),
+    }
     _check_sides(config, sides, counts)
+    left_out = {
+        "exact duplicates": [_like(each) for each in exact],
+        "near duplicates (`near_dedup: null` keeps them)": [_like(each) for each in near],
+        f"longer than max_tokens: {config.max_tokens}": [one.row.where for one in too_long],
+    }
+    note_left_out(job, len(rows), left_out)
     unit = "words" if tokenizer is None else "tokens"
     sizes = {name: len(part) for name, part in sides.items()}
     job.log_metrics({**counts, **sizes, **percentiles(kept, unit)})
@@ -120,6 +105,10 @@ def percentiles(rows: Sequence[Measured], unit: str) -> dict[str, float]:
     return {f"{unit}_{name}": float(value) for name, value in values.items()}
 
 
+def _like(dropped: Dropped[Conversation]) -> str:
+    return f"{dropped.row.where} (like {dropped.like.where})"
+
+
 def _tokenizer(config: PrepareData) -> "PreTrainedTokenizerFast | None":
     """Load the model's tokenizer.
 
@@ -141,27 +130,26 @@ def _tokenizer(config: PrepareData) -> "PreTrainedTokenizerFast | None":
 
 
 def _conversations(config: PrepareData, job: Job) -> Iterator[Conversation]:
-    sources = [config.source] if isinstance(config.source, str) else config.source
-    for source in sources:
+    for source in config.sources:
         for row in read_rows(source, job.cache, Path.cwd()):
             yield conversation(row, source, config.columns, config.system, config.group)
 
 
 def _measured(
     rows: Sequence[Conversation], config: PrepareData, tokenizer: "PreTrainedTokenizerFast | None"
-) -> tuple[list[Measured], int]:
+) -> tuple[list[Measured], list[Measured]]:
     """Measure rows and drop the too long, in an order given by their hashes, until the limit is reached.
 
     Returns:
-        The rows kept, sorted by id, and how many were too long among those looked at.
+        The rows kept, sorted by id, and those that were too long among the ones looked at.
     """
     order = sorted(rows, key=lambda row: uniform(config.seed, "sample", row.id))
     limit = config.limit or len(order)
     kept: list[Measured] = []
-    too_long = 0
+    too_long: list[Measured] = []
     for one in _lengths(order, tokenizer):
         if config.max_tokens is not None and one.length > config.max_tokens:
-            too_long += 1
+            too_long.append(one)
             continue
         kept.append(one)
         if len(kept) == limit:
@@ -172,7 +160,7 @@ def _measured(
 def _lengths(rows: Sequence[Conversation], tokenizer: "PreTrainedTokenizerFast | None") -> Iterator[Measured]:
     """Measure rows in their order, a batch at a time and only as far as they are asked for."""
     if tokenizer is None:
-        yield from (Measured(row, len(row.text.split(" "))) for row in rows)
+        yield from (Measured(row, row.words) for row in rows)
         return
     for start in range(0, len(rows), _BATCH):
         batch = rows[start : start + _BATCH]
@@ -195,13 +183,13 @@ def _check_sides(config: PrepareData, sides: dict[str, list[Measured]], counts: 
     Raises:
         UserError: a side that was asked for has no rows.
     """
-    source = config.source if isinstance(config.source, str) else ", ".join(config.source)
+    source = ", ".join(config.sources)
     if not any(sides.values()):
         why = (
             f"; all {counts['too_long']} are longer than max_tokens: {config.max_tokens}" if counts["too_long"] else ""
         )
         raise UserError(f"{source}: no rows are left of the {counts['rows_read']} read{why}")
-    check_sides(source, sides, config.shares)
+    check_sides(source, {name: [one.row for one in part] for name, part in sides.items()}, config.shares)
 
 
 def _write(
@@ -210,7 +198,8 @@ def _write(
     from steps.lm.rows import write_jsonl
 
     out = job.output(name)
-    write_jsonl(out / "rows.jsonl", (one.row.as_row() for one in rows))
+    ids = different_ids((one.row.id,) for one in rows)
+    write_jsonl(out / "rows.jsonl", (one.row.as_row() | {"id": own} for one, own in zip(rows, ids, strict=True)))
     facts = DatasetFacts(
         rows=len(rows),
         format="messages",
