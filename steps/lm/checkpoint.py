@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
@@ -157,6 +158,26 @@ def save_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", d
     """Save weights, config, generation config, tokenizer and chat template."""
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def name_tokens_as(model: "PreTrainedModel", directory: Path) -> None:
+    """Let a model's settings name the beginning, end and padding tokens that a checkpoint's do, or none as these.
+
+    Trainers set them to their own tokenizer's. A padding token that stays behind would be taken for no text from then
+    on, and a stop that stays out is not known any more. Where the checkpoint names no end, what was learned as one is.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    before = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    pairs: list[tuple[Any, Any]] = [(model.config.get_text_config(), before.get_text_config())]
+    if getattr(model, "generation_config", None) is not None:
+        named = (directory / "generation_config.json").exists()
+        own = GenerationConfig.from_pretrained(directory) if named else GenerationConfig.from_model_config(before)
+        pairs.append((model.generation_config, own))
+    for ours, theirs in pairs:
+        for name in _TOKEN_IDS:
+            if (token := getattr(theirs, name, None)) is not None or name != "eos_token_id":
+                setattr(ours, name, token)
 
 
 def _elements(shape: list[int]) -> int:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from steps.artifacts import Adapter, AdapterFacts, Draft, FourBit, Model
 from steps.frame import Job, UserError
-from steps.lm.checkpoint import Dtype, load_model, load_tokenizer, model_facts, save_model
+from steps.lm.checkpoint import Dtype, load_model, load_tokenizer, model_facts, name_tokens_as, save_model
 from steps.lm.four_bit import load_four_bit
 from steps.train._divided import whole_model
 
@@ -183,8 +183,23 @@ def trainable_model(base: Model, method: AdapterMethod, dtype: Dtype) -> "PreTra
         UserError: the model has no layer that `adapter.targets` names, or the adapter does not fit one.
     """
     if isinstance(method, Full):
-        return load_model(base.path, "float32")
+        return thaw_padding(load_model(base.path, "float32"))
     return _adapted(base, method, dtype)  # pyright: ignore[reportReturnType]
+
+
+def thaw_padding(model: "PreTrainedModel") -> "PreTrainedModel":
+    """Let every row of a model's embeddings learn, and return the model.
+
+    transformers gives the row of the padding token no gradient, but it may be a token like any other: where a
+    tokenizer has none for padding alone, trainers take the end or the beginning. What only pads learns nothing anyhow,
+    since neither attention nor the loss sees it.
+    """
+    from torch import nn
+
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None
+    return model
 
 
 def trained_draft(
@@ -218,6 +233,7 @@ def trained_draft(
     check_finite(job, model)
     if isinstance(method, Full):
         model.to(dtype=getattr(torch, dtype))  # pyright: ignore[reportCallIssue]
+        name_tokens_as(model, base.path)
         # Not the trainer's, which pads and ends as trainers ask for: a token made special splits text otherwise.
         save_model(model, load_tokenizer(base.path), out)
         return Model.draft(out, model_facts(out, origin=base.facts.origin, licence=base.facts.licence))
@@ -264,6 +280,7 @@ def _adapted(base: Model, method: _AdapterMethod, dtype: Dtype) -> "PeftModel":
     from peft import get_peft_model
 
     frozen = load_four_bit(base.path, dtype, method.four_bit) if method.four_bit else load_model(base.path, dtype)
+    thaw_padding(frozen)
     with torch.random.fork_rng(enabled=isinstance(method, Pissa)):
         if isinstance(method, Pissa):
             # The fast SVD draws random numbers, and the beginning must be found again at the end, see `_save_as_lora`.

@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 
 from steps.artifacts import Artifact, Draft, Preferences, RewardModel, Samples
 from steps.frame import Input, Job, Resources, UserError, step
-from steps.lm.checkpoint import give_padding, load_tokenizer, model_facts, save_model
-from steps.train._adapters import Full
+from steps.lm.checkpoint import give_padding, load_tokenizer, model_facts, name_tokens_as, save_model
+from steps.train._adapters import Full, thaw_padding
 from steps.train._checkpoints import checkpoints, train
 from steps.train._divided import whole_model
 from steps.train._settings import LIBRARIES, PRELOAD, Training, common_arguments
@@ -106,6 +106,7 @@ def _classifier(config: TrainReward, tokenizer: "PreTrainedTokenizerFast") -> "P
     method = config.adapter
     whole = isinstance(method, Full)
     model = new_reward_model(config.model.path, "float32" if whole else config.dtype, process=config.process)
+    thaw_padding(model)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if config.process:
         model.config.step_separator = config.step_separator
@@ -129,6 +130,9 @@ def _draft(config: TrainReward, model: Any, tokenizer: "PreTrainedTokenizerFast"
 
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
+    name_tokens_as(model, config.model.path)
+    # A classifier that reads the last token must know which are padding.
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     save_model(model.to(dtype=getattr(torch, config.dtype)), tokenizer, out)
     # A classifier has no generation config, but where an answer ends is told there.
     if (stops := config.model.path / _GENERATION).exists():

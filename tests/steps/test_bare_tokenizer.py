@@ -13,10 +13,11 @@ from steps.lm.generate import Decoding
 from steps.lm.transformers_engine import TransformersEngine
 from tests.conftest import Bench
 from tests.steps.conftest import publish, sum_row
-from tests.steps.untrained import untrained
+from tests.steps.untrained import lone_ended, untrained
 from tests.steps.variants import replace, variant
 
 SETTINGS = {"max_steps": 1, "batch_size": 4, "dtype": "float32"}
+LOUD = [{**sum_row(left, 1), "messages": [{"role": "user", "content": f"{left}!"}, {}]} for left in range(4)]
 SAMPLED = {"group_size": 2, "max_new_tokens": 4, "rewards": [{"kind": "exact"}]}
 
 
@@ -49,6 +50,18 @@ def data(bench: Bench) -> Dataset:
 def models(bench: Bench) -> dict[str, Model]:
     whole = untrained(bench, 61)
     return {change.__name__: variant(bench.store, whole, change) for change in (unnamed, endless)}
+
+
+@pytest.fixture(scope="module")
+def lone(bench: Bench) -> Model:
+    return lone_ended(bench)
+
+
+@pytest.fixture(scope="module")
+def loud(bench: Bench) -> Dataset:
+    """Rows in which `!`, the token 0, is learned."""
+    rows = [{**row, "messages": [*row["messages"][:-1], {"role": "assistant", "content": "so!"}]} for row in LOUD]
+    return publish(bench, Dataset, "loud", rows, DatasetFacts(rows=len(rows)))
 
 
 @pytest.mark.parametrize(
@@ -94,3 +107,29 @@ def test_a_turn_does_not_end_at_letters_where_there_is_no_end_token(models: dict
     said = "one None more"
     talk = conversation(tokenizer, [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": said}])
     assert said in tokenizer.decode(talk.last_ids)
+
+
+def settings_of(model: Model) -> dict[str, Any]:
+    """What a checkpoint's files say of its tokens."""
+    files = {name: json.loads((model.path / name).read_text()) for name in ("config.json", "generation_config.json")}
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {f"{name} {key}": settings.get(key) for name, settings in files.items() for key in keys}
+
+
+def test_a_trained_model_names_the_tokens_of_its_base_and_learns_them_all_when_trained_again(
+    bench: Bench, lone: Model, loud: Dataset
+) -> None:
+    def padded(directory: Path) -> None:
+        """As trainers leave a model behind: the token with which they pad is in its settings."""
+        for name in ("config.json", "generation_config.json"):
+            settings = json.loads((directory / name).read_text()) | {"pad_token_id": 0}
+            replace(directory / name, json.dumps(settings))
+
+    for base in (lone, variant(bench.store, lone, padded)):
+        inputs = {"model": base, "data": loud}
+        settings: dict[str, Any] = {**SETTINGS, "max_steps": 3, "learning_rate": 1e-2, "max_tokens": 32}
+        trained = bench.run("train.sft", inputs, adapter={"kind": "full"}, **settings)[""]
+        assert settings_of(trained) == settings_of(base)
+        models: list[Any] = [load_model(each.path, "float32") for each in (base, trained)]
+        before, after = (each.get_input_embeddings().weight[0] for each in models)
+        assert not after.equal(before), "the embedding of `!`"
