@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, str]
 """`{"role": ..., "content": ...}`."""
-_marked_special: "WeakKeyDictionary[PreTrainedTokenizerFast, tuple[int, dict[int, str]]]" = WeakKeyDictionary()
-"""By tokenizer: its size, and the tokens marked special. Gemma's has 6,000, which take too long for every answer."""
+_added_tokens: "WeakKeyDictionary[PreTrainedTokenizerFast, tuple[int, dict[int, str], frozenset[int]]]" = (
+    WeakKeyDictionary()
+)
+"""By tokenizer: its size, the tokens marked special, and all that are added to its vocabulary. Gemma's has 6,000, which
+take too long for every answer."""
 
 
 @dataclass(frozen=True)
@@ -92,14 +95,17 @@ def control_tokens(tokenizer: "PreTrainedTokenizerFast") -> dict[int, str]:
     """Return id and text of every token that is no part of what anyone says: the special ones.
 
     Those that the tokenizer names (`eos_token`, ...) are not all: one that ended the documents of a base model is
-    special still where the turn's end has taken its name. The tags of thinking are text, whatever a tokenizer says.
+    special still where the turn's end has taken its name. The tags of thinking are text, whatever a tokenizer says, and
+    so is a piece of ordinary text that a trainer gives a name to, where it has nothing else to pad or to end with.
     """
-    size, marked = _marked_special.get(tokenizer, (-1, {}))
+    size, marked, added = _added_tokens.get(tokenizer, (-1, {}, frozenset()))
     if size != len(tokenizer):
         decoder = tokenizer.added_tokens_decoder
         marked = {number: token.content for number, token in decoder.items() if token.special and token.content}
-        _marked_special[tokenizer] = len(tokenizer), marked
-    named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+        added = frozenset(decoder)
+        _added_tokens[tokenizer] = len(tokenizer), marked, added
+    pairs = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
+    named = {number: text for number, text in pairs if number in added}
     return {number: text for number, text in (marked | named).items() if text not in (THINK_OPEN, THINK_CLOSE)}
 
 

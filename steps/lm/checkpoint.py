@@ -127,19 +127,32 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
         raise UserError(f"{directory}: its tokenizer cannot be loaded ({str(error).splitlines()[0]})") from error
 
 
-def give_padding(tokenizer: "PreTrainedTokenizerFast", stop_token_ids: Sequence[int]) -> None:
-    """Give a tokenizer without a padding token one that ends nothing.
+def give_padding(
+    tokenizer: "PreTrainedTokenizerFast", stop_token_ids: Sequence[int], vocabulary: int, *, by_length: bool = True
+) -> None:
+    """Give a tokenizer a padding token, where it has none that the model has an embedding for.
 
-    The end token, which libraries take, will not do: who looks for the last token that is no padding, as classifiers
-    and reward models do, would then look before the end of an answer, and not tell one that was cut off from a whole.
+    A special token that ends nothing serves everyone. Where there is none, whoever knows how long each row is pads with
+    the end token. Who looks for the last token that is no padding, as classifiers and reward models do, would then look
+    before the end of an answer, and not tell one that was cut off from a whole: they get an ordinary token instead, the
+    last, which in most vocabularies is the rarest.
+
+    Args:
+        tokenizer: of the model; it must name its end token, or be padded otherwise than by length.
+        stop_token_ids: where the model stops.
+        vocabulary: rows of the model's embedding; a tokenizer may have tokens beyond (Gemma 3's of images).
+        by_length: whether the lengths of the padded rows are known.
     """
-    if tokenizer.pad_token is not None:
+    own: Any = tokenizer.pad_token_id
+    if own is not None and own < vocabulary:
         return
-    own: Any = tokenizer.eos_token_id
-    ends = {*stop_token_ids, own}
-    special = [token for token in sorted(control_tokens(tokenizer)) if token not in ends]
-    least = next(token for token in range(len(tokenizer)) if token not in ends)
-    tokenizer.pad_token = str(tokenizer.convert_ids_to_tokens(special[0] if special else least))
+    end: Any = tokenizer.eos_token_id
+    ends = {*stop_token_ids, end}
+    free = [token for token in sorted(control_tokens(tokenizer)) if token not in ends and token < vocabulary]
+    if not free and by_length:
+        free = [end]
+    ordinary = (token for token in reversed(range(min(len(tokenizer), vocabulary))) if token not in ends)
+    tokenizer.pad_token = str(tokenizer.convert_ids_to_tokens(free[0] if free else next(ordinary)))
 
 
 def load_model(directory: Path, dtype: Dtype) -> "PreTrainedModel":

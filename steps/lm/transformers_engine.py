@@ -28,9 +28,10 @@ class TransformersEngine:
         own: Any = tokenizer.eos_token_id
         self.stops: list[int] = list(stop_token_ids) or ([] if own is None else [own])
         pad: Any = tokenizer.pad_token_id
-        # Any will do where there is none: nothing looks at it.
-        self.pad: int = next((token for token in (pad, *self.stops) if token is not None), 0)
         text_config = model.config.get_text_config()
+        # Any that the model has will do: nothing looks at it.
+        usable = (token for token in (pad, *self.stops) if token is not None and token < text_config.vocab_size)
+        self.pad: int = next(usable, 0)
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
 
     def write(self, prompts: Sequence[Sequence[int]], keys: Sequence[str], new_tokens: int) -> list[Continuation]:

@@ -9,7 +9,7 @@ import numpy as np
 from steps.artifacts import cut_half_line, read_lines
 from steps.frame import Job, UserError
 from steps.lm.chat import render
-from steps.lm.generate import opened_thinking, text_of
+from steps.lm.generate import Continuation, opened_thinking, text_of
 from steps.lm.tasks import Rollout, Task
 from steps.train._stopping import LOGGED, StopCondition, Stopping
 from steps.train._together import together
@@ -63,9 +63,10 @@ class Audits:
         opened = opened_thinking(render(tokenizer, tasks[0].prompt, prompt=True))
 
         def reward(completion_ids: Any, task: list[int], **_: Any) -> list[float]:
+            written = [Continuation(ids, bool(ids) and ids[-1] in stops) for ids in completion_ids]
             rollouts = [
-                Rollout(tasks[index], opened + text_of(tokenizer, ids), len(ids), not ids or ids[-1] not in stops)
-                for index, ids in zip(task, completion_ids, strict=True)
+                Rollout(tasks[index], opened + text_of(tokenizer, each.said), len(each.ids), not each.stopped)
+                for index, each in zip(task, written, strict=True)
             ]
             return self.saw_rollouts(rollouts)
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainerContro
 from steps.artifacts import write_atomic
 from steps.frame import Job
 from steps.lm.chat import render, token_ids
-from steps.lm.generate import opened_thinking, text_of
+from steps.lm.generate import Continuation, opened_thinking, text_of
 from steps.lm.tasks import Rollout, read_tasks
 from steps.train._audits import Audits
 from steps.train._checkpoints import resume_step
@@ -149,15 +149,16 @@ class HeldOut(TrainerCallback):
             math.ceil(len(self.tasks) / processes) - len(own)
         )
         before = random_state()
-        written = self.trainer.answer_greedily(ids)
+        answers = self.trainer.answer_greedily(ids)
         set_random_state(before)
         stops = self.config.model.facts.stop_token_ids
+        written = [Continuation(each, bool(each) and each[-1] in stops) for each in answers]
         return [
             Rollout(
                 task,
-                opened_thinking(prompt) + text_of(self.tokenizer, each),
-                len(each),
-                not each or each[-1] not in stops,
+                opened_thinking(prompt) + text_of(self.tokenizer, each.said),
+                len(each.ids),
+                not each.stopped,
             )
             for task, prompt, each in zip(own, prompts, written, strict=False)
         ]

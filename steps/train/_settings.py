@@ -107,18 +107,32 @@ def training_tokenizer(config: Training, job: Job) -> "PreTrainedTokenizerFast":
     What is given out with the trained weights is the base's own tokenizer, without what is added here.
 
     Raises:
-        UserError: the model stops at no token.
+        UserError: the model stops at no token, or at none that both it and its tokenizer have.
     """
-    tokenizer, stops = load_tokenizer(config.model.path), config.model.facts.stop_token_ids
-    if tokenizer.eos_token_id is None:
-        if not stops:
-            raise UserError(
-                f"step `{job.name}`: `model` has no end token, so that it would never learn to stop; name one as "
-                "`eos_token` in its tokenizer_config.json, or give it a chat template that ends a turn with a token"
-            )
-        tokenizer.eos_token = str(tokenizer.convert_ids_to_tokens(stops[0]))
-    give_padding(tokenizer, stops)
+    tokenizer, facts = load_tokenizer(config.model.path), config.model.facts
+    own: Any = tokenizer.eos_token_id
+    if own is None or own >= facts.vocabulary:
+        texts = [tokenizer.convert_ids_to_tokens(stop) for stop in facts.stop_token_ids if stop < facts.vocabulary]
+        named = next((text for text in texts if text is not None), None)
+        if named is None:
+            raise UserError(_no_end(config, job, own))
+        tokenizer.eos_token = str(named)
+    give_padding(tokenizer, facts.stop_token_ids, facts.vocabulary)
     return tokenizer
+
+
+def _no_end(config: Training, job: Job, own: int | None) -> str:
+    known = sorted({*config.model.facts.stop_token_ids, *([] if own is None else [own])})
+    if not known:
+        return (
+            f"step `{job.name}`: `model` has no end token, so that it would never learn to stop; name one as "
+            "`eos_token` in its tokenizer_config.json, or give it a chat template that ends a turn with a token"
+        )
+    return (
+        f"step `{job.name}`: `model` stops at {', '.join(map(str, known))}, which is no token of both its tokenizer "
+        f"and its embedding of {config.model.facts.vocabulary}; name one that is as `eos_token` in its "
+        "tokenizer_config.json and as `eos_token_id` in its generation_config.json"
+    )
 
 
 def common_arguments(config: Training, checkpoints: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from steps.artifacts import Artifact, Draft, Preferences, RewardModel, Samples
 from steps.frame import Input, Job, Resources, UserError, step
+from steps.lm.chat import control_tokens
 from steps.lm.checkpoint import give_padding, load_tokenizer, model_facts, name_tokens_as, save_model
 from steps.train._adapters import Full, thaw_padding
 from steps.train._checkpoints import checkpoints, train
@@ -69,7 +70,7 @@ def train_reward(config: TrainReward, job: Job) -> Draft:
     _check_kinds(config, job)
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model.path)
-    give_padding(tokenizer, config.model.facts.stop_token_ids)
+    give_padding(tokenizer, config.model.facts.stop_token_ids, config.model.facts.vocabulary, by_length=False)
     model = _classifier(config, tokenizer)
     arguments = {
         **common_arguments(config, checkpoints(job)),
@@ -133,7 +134,11 @@ def _draft(config: TrainReward, model: Any, tokenizer: "PreTrainedTokenizerFast"
     name_tokens_as(model, config.model.path)
     # A classifier that reads the last token must know which are padding.
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    save_model(model.to(dtype=getattr(torch, config.dtype)), tokenizer, out)
+    own = load_tokenizer(config.model.path)
+    if tokenizer.pad_token_id in control_tokens(own):
+        # An ordinary token would be made special by that, and be read as none of what an answer says.
+        own.pad_token = tokenizer.pad_token
+    save_model(model.to(dtype=getattr(torch, config.dtype)), own, out)
     # A classifier has no generation config, but where an answer ends is told there.
     if (stops := config.model.path / _GENERATION).exists():
         shutil.copyfile(stops, out / _GENERATION)

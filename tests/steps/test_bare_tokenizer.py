@@ -2,15 +2,21 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from steps.artifacts import Dataset, DatasetFacts, Model
-from steps.lm.chat import conversation
+from steps.artifacts import Dataset, DatasetFacts, Model, Preferences, PreferencesFacts
+from steps.frame import UserError
+from steps.lm.chat import control_tokens, conversation
 from steps.lm.checkpoint import load_model, load_tokenizer
-from steps.lm.generate import Decoding
+from steps.lm.generate import Decoding, text_of
+from steps.lm.tasks import Task
 from steps.lm.transformers_engine import TransformersEngine
+from steps.train._audits import Audits
+from steps.train._settings import training_tokenizer
+from steps.train.sft import TrainSft
 from tests.conftest import Bench
 from tests.steps.conftest import publish, sum_row
 from tests.steps.untrained import lone_ended, untrained
@@ -133,3 +139,73 @@ def test_a_trained_model_names_the_tokens_of_its_base_and_learns_them_all_when_t
         models: list[Any] = [load_model(each.path, "float32") for each in (base, trained)]
         before, after = (each.get_input_embeddings().weight[0] for each in models)
         assert not after.equal(before), "the embedding of `!`"
+
+
+def for_training(model: Model, data: Dataset) -> Any:
+    """The tokenizer as trainers get it."""
+    job: Any = SimpleNamespace(name="sft")
+    return training_tokenizer(TrainSft(model=model, data=data), job)
+
+
+def test_what_only_trainers_name_is_read_as_text(lone: Model, loud: Dataset, bench: Bench) -> None:
+    tokenizer, own = for_training(lone, loud), load_tokenizer(lone.path)
+    assert tokenizer.pad_token == own.eos_token, "nothing else is special, and padding ends no answer by TRL's count"
+    ids = own("so! it is!")["input_ids"]
+    assert text_of(tokenizer, ids) == "so! it is!"
+
+    def stops_at_a_letter(directory: Path) -> None:
+        without(directory, "tokenizer_config.json", "eos_token")
+        settings = json.loads((directory / "generation_config.json").read_text())
+        replace(directory / "generation_config.json", json.dumps(settings | {"eos_token_id": [2]}))
+
+    lettered = variant(bench.store, lone, stops_at_a_letter)
+    tokenizer = for_training(lettered, loud)
+    assert tokenizer.eos_token == "#" and 2 not in control_tokens(tokenizer)
+    seen: list[tuple[str, int, bool]] = []
+    audits: Any = SimpleNamespace(saw_rollouts=lambda each: seen.extend((r.text, r.tokens, r.truncated) for r in each))
+    reward = Audits.rewards(audits, [Task("t", ({"role": "user", "content": "a"},), "", "s")], tokenizer, (2,))
+    reward(completion_ids=[[*ids, 2], ids], task=[0, 0])
+    assert seen == [("so! it is!", 11, False), ("so! it is!", 10, True)], "as `data.sample` reads them"
+
+
+def test_a_reward_model_reads_an_answer_as_its_base_would(bench: Bench, lone: Model) -> None:
+    """The token that pads for it, where none is special, is said like any other."""
+    prompt = [{"role": "user", "content": "Well?"}]
+    rows = [{"id": "1", "prompt": prompt, "chosen": "so!", "rejected": "no!", "source": "s"}] * 4
+    data = publish(bench, Preferences, "loud-pairs", rows, PreferencesFacts(rows=4, paired=True))
+    inputs = {"model": lone, "data": data}
+    rated = bench.run("train.reward", inputs, adapter={"kind": "full"}, max_tokens=32, **SETTINGS)[""]
+    assert rated.facts.tokenizer_sha256 == lone.facts.tokenizer_sha256
+    assert control_tokens(load_tokenizer(rated.path)) == control_tokens(load_tokenizer(lone.path))
+    pad = json.loads((rated.path / "config.json").read_text())["pad_token_id"]
+    assert pad is not None and pad not in lone.facts.stop_token_ids
+    assert settings_of(rated) == settings_of(lone) | {"config.json pad_token_id": pad}
+
+
+def test_tokens_beyond_the_embedding_pad_nothing(bench: Bench, lone: Model, loud: Dataset) -> None:
+    """Gemma 3's `<image_soft_token>` is such a token, as are padding tokens that were added to Llama 2's tokenizer."""
+
+    def wider(directory: Path) -> None:
+        tokenizer = load_tokenizer(directory)
+        tokenizer.add_special_tokens({"pad_token": "<pad>", "extra_special_tokens": ["<image>"]})  # pyright: ignore[reportArgumentType]
+        for file in directory.glob("tokenizer*"):
+            file.unlink()
+        tokenizer.save_pretrained(directory)
+
+    wide = variant(bench.store, lone, wider)
+    tokenizer = load_tokenizer(wide.path)
+    assert tokenizer.pad_token_id == wide.facts.vocabulary
+    assert for_training(wide, loud).pad_token_id < wide.facts.vocabulary
+    engine = TransformersEngine(load_model(wide.path, "float32"), tokenizer, Decoding(temperature=0))
+    assert len(engine.write([[5, 6, 7], [5]], ["a", "b"], 4)) == 2
+    bench.run("train.sft", {"model": wide, "data": loud}, adapter={"kind": "full"}, max_tokens=32, **SETTINGS)
+
+
+def test_a_stop_that_the_tokenizer_does_not_have_is_named(bench: Bench, lone: Model, loud: Dataset) -> None:
+    def strange(directory: Path) -> None:
+        without(directory, "tokenizer_config.json", "eos_token")
+        settings = json.loads((directory / "generation_config.json").read_text())
+        replace(directory / "generation_config.json", json.dumps(settings | {"eos_token_id": [350]}))
+
+    with pytest.raises(UserError, match=r"step `sft`: `model` stops at 350, which is no token of both its tokenizer"):
+        for_training(variant(bench.store, lone, strange), loud)

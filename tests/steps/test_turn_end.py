@@ -194,7 +194,7 @@ def test_the_end_of_documents_is_in_no_answer_though_another_ends_turns(tokenize
         engine = TransformersEngine(load_model(base, "float32"), words, decoding, stop_token_ids(base))
         ((rollout,),) = sample_answers(engine, words, [Task("t", tuple(QUESTION), "123", "test")], decoding)
         assert (rollout.text, rollout.tokens, rollout.truncated) == ("123", 4, False)
-        give_padding(words, stop_token_ids(base))
+        give_padding(words, stop_token_ids(base), len(words))
         assert words.pad_token == (pad or "<|im_start|>"), "a control token, and none that ends anything"
 
 
