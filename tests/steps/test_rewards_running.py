@@ -171,7 +171,8 @@ def test_user_function_by_file_and_by_module(write: Write, tmp_path: Path, monke
     write("mine.py", body)
     write("own_rewards_pkg/__init__.py", "")
     write("own_rewards_pkg/inner.py", body)
-    for path in ("mine.py:words", "own_rewards_pkg.inner:words"):
+    write("bare_folder/in_it/inner.py", body)
+    for path in ("mine.py:words", "own_rewards_pkg.inner:words", "bare_folder.in_it.inner:words"):
         spec = READ.validate_python({"kind": "user", "path": path})
         assert READ.validate_json(spec.model_dump_json()) == spec
         assert Scorer(spec)([rollout("a b"), rollout("")]) == [2, 0]

@@ -152,7 +152,8 @@ def _file_of(module: str) -> Path:
     file: Path | None = None
     places = [*sys.path, str(Path.cwd())]
     for depth, _ in enumerate(parts := module.split("."), start=1):
-        spec = PathFinder.find_spec(".".join(parts[:depth]), places)
+        # By its last name alone: a folder without `__init__.py` would ask for the package that it is in as imported.
+        spec = PathFinder.find_spec(parts[depth - 1], places)
         if spec is None:
             raise ValueError(f"user: there is no module `{'.'.join(parts[:depth])}`")
         places = list(spec.submodule_search_locations or ())
