@@ -1,5 +1,6 @@
 """Rewards that run something: the answer's code, a verifier's command, the user's own function."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -158,8 +159,33 @@ def test_an_external_verifier_that_is_edited_and_restored_while_it_judges_is_ref
         return outcome
 
     monkeypatch.setattr(external, "run_confined", run_and_edit)
-    with pytest.raises(UserError, match="were changed since the plan"):
+    with pytest.raises(UserError, match=r"check\.py` are written while it judges; leave them be"):
         verifier([rollout("x")])
+
+
+def test_an_external_verifier_that_is_only_touched_judges_on_and_is_read_no_more_than_that(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = write("check.py", "print(1)")
+    verifier = Scorer(READ.validate_python({"kind": "external", "command": [sys.executable, "check.py"]}))
+    run, digest, runs, reads = external.run_confined, external.digest_file, [], []
+
+    def run_and_touch(*order: Any) -> Any:
+        runs.append(order)
+        if len(runs) == 1:
+            os.utime(file, (1, 1))
+        return run(*order)
+
+    def read(path: Path) -> Any:
+        reads.append(path)
+        return digest(path)
+
+    monkeypatch.setattr(external, "run_confined", run_and_touch)
+    monkeypatch.setattr(external, "digest_file", read)
+    assert [verifier([rollout("x")]) for _ in range(3)] == [[1]] * 3
+    assert len(runs) == 4, "the first answer twice"
+    assert len(reads) == 2, "before the touch and after it"
 
 
 # The user's own function

@@ -1,7 +1,7 @@
 """The reward that asks a program: a proof checker, a compiler, any verifier with a command line."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, ValidationInfo
 
-from steps.artifacts import digest_file
+from steps.artifacts import FileDigest, digest_file
 from steps.artifacts.tree import tree_sha256
 from steps.frame.errors import UserError
 from steps.frame.hardware import runs_here
@@ -19,7 +19,15 @@ from steps.train.rewards._reward import reward
 from steps.train.rewards._sandbox import TIMED_OUT, Limits, run_confined
 
 _NOT_RUN = 127
-_CHANGED = "the files of the command `{}` were changed since the plan; run again"
+_CHANGED = "reward `external`: the files of the command `{}` were changed since the plan; run again"
+_RESTLESS = "reward `external`: the files of the command `{}` are written while it judges; leave them be and run again"
+_ATTEMPTS = 3
+"""How often answers are judged anew because a file was written meanwhile, if only its time of change."""
+
+_Written = tuple[int, int, int, int]
+"""Of a file: its inode, its size, and when (nanoseconds) its content and it itself were last changed."""
+_digests: dict[Path, tuple[_Written, FileDigest]] = {}
+"""What files held when they were last read: those of a verifier may be large, and every batch asks."""
 
 
 def _can_run(command: list[str]) -> list[str]:
@@ -68,7 +76,6 @@ def external(
     Raises:
         UserError: the command cannot be run, or its files are no longer what `sha256` says.
     """
-    files = _as_pinned(command, sha256)
     limits = Limits(seconds, memory_mb, file_mb, processes, network)
     words = [str(Path(word).resolve()) if Path(word).is_file() else word for word in command]
 
@@ -84,20 +91,22 @@ def external(
         except ValueError:
             return 1.0
 
-    with ThreadPoolExecutor(cores()) as threads:
-        scores = list(threads.map(score, rollouts))
-    if _written(command) != files:
-        raise UserError(f"reward `external`: {_CHANGED.format(' '.join(command))}")
-    return scores
+    for _ in range(_ATTEMPTS):
+        files = _as_pinned(command, sha256)
+        with ThreadPoolExecutor(cores()) as threads:
+            scores = list(threads.map(score, rollouts))
+        if _all_written(command) == files:
+            return scores
+    raise UserError(_RESTLESS.format(" ".join(command)))
 
 
-def _own_files_sha256(command: Sequence[str]) -> str:
+def _own_files_sha256(command: Sequence[str], digest: Callable[[Path], FileDigest] = digest_file) -> str:
     """Return a digest of those files in a command that belong to the project; empty where there are none."""
     root = Path.cwd()
     files = _own_files(command)
     if not files:
         return ""
-    return tree_sha256({path.relative_to(root).as_posix(): digest_file(path) for path in files})
+    return tree_sha256({path.relative_to(root).as_posix(): digest(path) for path in files})
 
 
 def _own_files(command: Sequence[str]) -> list[Path]:
@@ -105,19 +114,32 @@ def _own_files(command: Sequence[str]) -> list[Path]:
     return [path for word in command if (path := (root / word).resolve()).is_file() and path.is_relative_to(root)]
 
 
-def _written(command: Sequence[str]) -> tuple[tuple[Path, int, int], ...]:
-    """Return which files they are and when each was written last (nanoseconds)."""
-    stats = [(path, path.stat()) for path in _own_files(command)]
-    return tuple((path, stat.st_ino, stat.st_mtime_ns) for path, stat in stats)
+def _written(path: Path) -> _Written:
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-def _as_pinned(command: Sequence[str], sha256: str) -> tuple[tuple[Path, int, int], ...]:
-    """Check what is to be run against the settings; return what `_written` does.
+def _all_written(command: Sequence[str]) -> dict[Path, _Written]:
+    return {path: _written(path) for path in _own_files(command)}
+
+
+def _known_digest(path: Path) -> FileDigest:
+    """Return a file's digest, read anew only where it was written since."""
+    written = _written(path)
+    if (known := _digests.get(path)) and known[0] == written:
+        return known[1]
+    found = digest_file(path)
+    _digests[path] = written, found
+    return found
+
+
+def _as_pinned(command: Sequence[str], sha256: str) -> dict[Path, _Written]:
+    """Check what is to be run against the settings; return what `_all_written` does.
 
     Raises:
         UserError: the files are others.
     """
-    files = _written(command)
-    if _own_files_sha256(command) != sha256:
-        raise UserError(f"reward `external`: {_CHANGED.format(' '.join(command))}")
+    files = _all_written(command)
+    if _own_files_sha256(command, _known_digest) != sha256:
+        raise UserError(_CHANGED.format(" ".join(command)))
     return files
