@@ -17,9 +17,9 @@ from steps.lm.checkpoint import chat_template, load_tokenizer, stop_token_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_ANSWER, _NEXT = "Yes.", "Why?"
+_QUESTION, _ANSWER, _NEXT = "Is it so?", "Yes.", "Why?"
 _TURNS = (
-    {"role": "user", "content": "Is it so?"},
+    {"role": "user", "content": _QUESTION},
     {"role": "assistant", "content": _ANSWER},
     {"role": "user", "content": _NEXT},
 )
@@ -51,9 +51,10 @@ def turn_end(tokenizer: "PreTrainedTokenizerFast", stops: Sequence[int] = ()) ->
         return found
     if not both:
         return next(iter(last or between), None)
-    special = [token for token in both if tokenizer.added_tokens_decoder[token].special] or both
-    # Old templates open the assistant's next turn whether asked to or not: what they write last belongs to that.
-    return special[0] if _opens_always(tokenizer) else special[-1]
+    if _rendered(tokenizer, _TURNS[:2]) == _rendered(tokenizer, _TURNS[:2], prompt=True):
+        both = _without_opening(tokenizer, both)
+    special = [token for token in both if tokenizer.added_tokens_decoder[token].special]
+    return (special or both)[-1]
 
 
 def stop_at_turn_end(directory: Path) -> int | None:
@@ -86,18 +87,33 @@ def _tokens_behind(tokenizer: "PreTrainedTokenizerFast", turns: Sequence[Mapping
     at = text.rfind(_ANSWER)
     if at < 0:
         return []
-    begin, end = at + len(_ANSWER), text.find(_NEXT, at)
+    end = text.find(_NEXT, at)
+    return _added_tokens(tokenizer, text, at + len(_ANSWER), len(text) if end < 0 else end)
+
+
+def _without_opening(tokenizer: "PreTrainedTokenizerFast", behind: list[int]) -> list[int]:
+    """Return the tokens behind an answer without those at their end that open a turn, as they open the first one.
+
+    Old templates open the assistant's next turn whether asked to or not. Others, which do not heed that either, open
+    none.
+    """
+    text = _rendered(tokenizer, _TURNS[:2])
+    opening = _added_tokens(tokenizer, text, 0, max(text.find(_QUESTION), 0))
+    for cut in range(1, len(behind)):
+        rest = behind[cut:]
+        if any(opening[start : start + len(rest)] == rest for start in range(len(opening))):
+            return behind[:cut]
+    return behind
+
+
+def _added_tokens(tokenizer: "PreTrainedTokenizerFast", text: str, begin: int, end: int) -> list[int]:
     encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     added = tokenizer.added_tokens_decoder
     return [
         token
         for token, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        if begin <= start < (len(text) if end < 0 else end) and token in added and added[token].content.strip()
+        if begin <= start < end and token in added and added[token].content.strip()
     ]
-
-
-def _opens_always(tokenizer: "PreTrainedTokenizerFast") -> bool:
-    return _rendered(tokenizer, _TURNS[:2]) == _rendered(tokenizer, _TURNS[:2], prompt=True)
 
 
 def _rendered(tokenizer: "PreTrainedTokenizerFast", turns: Sequence[Mapping[str, str]], *, prompt: bool = False) -> str:

@@ -62,6 +62,12 @@ TAGGED = CHATML.replace(
     "+ ('<answer>' + message['content'] + '</answer>' if message.role == 'assistant' else message['content'])",
 )
 ALWAYS_OPEN = LLAMA3.replace("{% if add_generation_prompt %}", "").replace("{% endif %}", "")
+TAGGED_OPEN = COHERE.replace("{% if add_generation_prompt %}", "").replace("{% endif %}", "")
+ROLE_OPEN = TAGGED_OPEN.replace("<|START_RESPONSE|>", "").replace("<|END_RESPONSE|>", "")
+NEVER_OPEN = (
+    _EACH + "{{ '<|START_RESPONSE|>' + m.content + '<|END_RESPONSE|><|end|>' if m.role == 'assistant' else m.content }}"
+    "{% endfor %}"
+)
 PLAIN = (
     _EACH
     + "### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}{% if add_generation_prompt %}### assistant:\n{% endif %}"
@@ -98,6 +104,9 @@ ENDS = {
     "cohere": (COHERE, "<|END_OF_TURN|>"),
     "tagged": (TAGGED, "<|im_end|>"),
     "always-open": (ALWAYS_OPEN, "<|eot_id|>"),
+    "tagged-open": (TAGGED_OPEN, "<|END_OF_TURN|>"),
+    "role-token-open": (ROLE_OPEN, "<|END_OF_TURN|>"),
+    "never-open": (NEVER_OPEN, "<|end|>"),
     "plain": (PLAIN, None),
     "refusing": (REFUSING, None),
     "none": (None, None),
