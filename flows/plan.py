@@ -244,7 +244,11 @@ class _Known:
         if self.fault(entry.outputs):
             return again
         result = StepResult(
-            status="finished", outputs=entry.outputs, seconds=entry.seconds, peak_memory=entry.peak_memory
+            status="finished",
+            outputs=entry.outputs,
+            notes=entry.notes,
+            seconds=entry.seconds,
+            peak_memory=entry.peak_memory,
         )
         return replace(again, status="record", result=result, reason=f"{why}; it is here, and given again")
 
