@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from steps.artifacts.manifest import canonical_json
 from steps.data._hashing import hexdigest
+from steps.data._unread import message_objects, unread
 from steps.frame.errors import UserError, did_you_mean
 from steps.sources.rows import SourceRow
 
@@ -16,6 +17,8 @@ Columns = Mapping[Literal["messages", "system", "user", "assistant"], str]
 
 _ROLES = ("system", "user", "assistant")
 # Layouts that are recognised by their columns (user, assistant), in this order.
+_MASKS = ("learn", "weight", "train", "loss")
+"""Keys by which a message says whether it is learned: ours, OpenAI's (and Mistral's), Axolotl's, ms-swift's."""
 _LAYOUTS = (("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
 
 
@@ -32,9 +35,13 @@ class Conversation:
     group: str | None = field(default=None, compare=False)
     """What the row says of what it belongs together with, where a column is named for that."""
     unlearned: frozenset[int] = field(default=frozenset(), compare=False)
-    """Places of messages that say `learn: false`: fine-tuning leaves them out of its loss."""
+    """Places of messages that say `learn: false` (or `weight: 0`, ...): fine-tuning leaves them out of its loss."""
     system_added: bool = field(default=False, compare=False)
     """Whether its system message is not the row's own but the one for rows that have none."""
+    unread: frozenset[str] = field(default=frozenset(), compare=False)
+    """What its source says that nobody reads: columns, and keys of messages as `COLUMN.KEY`."""
+    is_mended: bool = field(default=False, compare=False)
+    """See `SourceRow.is_mended`."""
 
     @property
     def id(self) -> str:
@@ -141,6 +148,7 @@ def conversation(
             f"{row.where}: the assistant speaks before any user; a conversation begins with the user's turn"
         )
     unlearned = _unlearned(row, columns)
+    unused = _unread(row, columns, group)
     added = system is not None and roles[0] != "system"
     if system is not None and added:
         messages = [("system", system), *messages]
@@ -151,7 +159,7 @@ def conversation(
     # A row without a value belongs with no other, not with all that have none.
     together = None if group is None or row.values[group] in (None, "") else str(row.values[group])
     own_task = task if isinstance(task, Mapping) else None
-    return Conversation(tuple(messages), source, row.where, own_task, together, unlearned, added)
+    return Conversation(tuple(messages), source, row.where, own_task, together, unlearned, added, unused, row.is_mended)
 
 
 def _messages(row: SourceRow, columns: Columns) -> list[tuple[str, str]]:
@@ -179,12 +187,37 @@ def _messages(row: SourceRow, columns: Columns) -> list[tuple[str, str]]:
 
 
 def _unlearned(row: SourceRow, columns: Columns) -> frozenset[int]:
-    messages = row.values.get(columns.get("messages", "messages")) if not columns or "messages" in columns else None
-    found = [message.get("learn", True) for message in messages] if isinstance(messages, list) else []
-    for number, learn in enumerate(found, start=1):
-        if not isinstance(learn, bool | None):
-            raise UserError(f"{row.where}: message {number} has learn: {learn!r}; it must be true or false")
-    return frozenset(index for index, learn in enumerate(found) if learn is False)
+    """Return the places of messages that say, by whichever key of common formats, that they are not to be learned."""
+    found = set()
+    for index, message in enumerate(message_objects(row.values.get(_list_column(row, columns)))):
+        said = {key: message[key] for key in _MASKS if message.get(key) is not None}
+        for key, value in said.items():
+            if value not in (0, 1):
+                raise UserError(
+                    f"{row.where}: message {index + 1} has {key}: {value!r}; it must be true or false (or 1 or 0)"
+                )
+        if len(set(map(bool, said.values()))) > 1:
+            both = " and ".join(f"{key}: {value!r}" for key, value in said.items())
+            raise UserError(f"{row.where}: message {index + 1} has {both}, which say the opposite; keep one of them")
+        if said and not all(said.values()):
+            found.add(index)
+    return frozenset(found)
+
+
+def _unread(row: SourceRow, columns: Columns, group: str | None) -> frozenset[str]:
+    column = _list_column(row, columns)
+    used = {column} if column else {*(columns or _recognised(row)).values()}
+    if "instruction" in used and not columns:
+        used.add("input")
+    if isinstance(row.values.get("task"), Mapping):
+        used.add("task")
+    return unread(row, used | {group or ""}, [column] if column else [], ("role", "content", *_MASKS))
+
+
+def _list_column(row: SourceRow, columns: Columns) -> str:
+    """Return the column that holds all messages; nothing where each speaker has one."""
+    column = columns.get("messages", "messages")
+    return column if (not columns or "messages" in columns) and column in row.values else ""
 
 
 def _recognised(row: SourceRow) -> Columns:

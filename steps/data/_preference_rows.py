@@ -9,6 +9,7 @@ from steps.artifacts import Draft, Preferences, PreferencesFacts
 from steps.artifacts.manifest import canonical_json
 from steps.data._conversations import content_of, message_list, opening_of, system_of
 from steps.data._hashing import different_ids, hexdigest
+from steps.data._unread import unread
 from steps.frame.errors import UserError, did_you_mean
 from steps.sources.rows import SourceRow
 
@@ -38,6 +39,10 @@ class Preference:
     """It belongs to nothing but its question."""
     system_added: bool = False
     """As `Conversation.system_added`."""
+    unread: frozenset[str] = frozenset()
+    """As `Conversation.unread`."""
+    is_mended: bool = False
+    """See `SourceRow.is_mended`."""
 
     @property
     def id(self) -> str:
@@ -87,7 +92,11 @@ def preference(row: SourceRow, source: str, columns: PreferenceColumns, system: 
     chosen, rejected = texts.get("chosen"), texts.get("rejected")
     if chosen is not None and rejected is not None and chosen.strip() == rejected.strip():
         raise UserError(f"{row.where}: `chosen` and `rejected` are the same answer; a preference needs two")
-    return Preference(prompt, chosen, rejected, source, row.where, system_added=added)
+    used = {columns.get(part, part) for part in cells}
+    unknown = unread(row, used, used, ("role", "content"))
+    return Preference(
+        prompt, chosen, rejected, source, row.where, system_added=added, unread=unknown, is_mended=row.is_mended
+    )
 
 
 def preferences_draft(out: Path, rows: Sequence[Preference], statistics: Mapping[str, float]) -> Draft:

@@ -6,7 +6,7 @@ from pathlib import Path
 from steps.artifacts import Draft, Preferences
 from steps.data._duplicates import without_exact
 from steps.data._hashing import uniform
-from steps.data._left_out import note_left_out
+from steps.data._left_out import note_as_read, note_left_out
 from steps.data._preference_rows import (
     Preference,
     PreferenceColumns,
@@ -42,6 +42,7 @@ def prepare_preferences(config: PreparePreferences, job: Job) -> dict[str, Draft
     side_of = sides_by_id(kept, config.seed, config.eval_fraction, config.test_fraction, config.question)
     sides = {side: [row for row in kept if side_of[row.id] == side] for side in given_sides(config.shares)}
     _check_sides(config, sides, len(rows))
+    note_as_read(job, rows)
     note_left_out(job, len(rows), {"exact duplicates": [each.row.where for each in duplicates]})
     counts = {"rows_read": float(len(rows)), "exact_duplicates": float(len(duplicates))}
     numbers = {name: float(len(part)) for name, part in sides.items()}

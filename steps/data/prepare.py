@@ -11,7 +11,7 @@ from steps.artifacts import Dataset, DatasetFacts, Draft, Model
 from steps.data._conversations import Columns, Conversation, conversation
 from steps.data._duplicates import Dropped, without_exact, without_near
 from steps.data._hashing import different_ids, uniform
-from steps.data._left_out import note_left_out
+from steps.data._left_out import note_as_read, note_left_out
 from steps.data._settings import ReadRows
 from steps.data._sides import check_sides, given_sides, sides_by_id
 from steps.frame import Follows, Input, Job, Resources, UserError, step
@@ -81,6 +81,7 @@ def prepare_data(config: PrepareData, job: Job) -> dict[str, Draft]:
         "near duplicates (`near_dedup: null` keeps them)": [_like(each) for each in near],
         f"longer than max_tokens: {config.max_tokens}": [one.row.where for one in too_long],
     }
+    note_as_read(job, rows)
     note_left_out(job, len(rows), left_out)
     unit = "words" if tokenizer is None else "tokens"
     sizes = {name: len(part) for name, part in sides.items()}

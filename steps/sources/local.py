@@ -1,6 +1,7 @@
 """`file://` URIs and plain paths, also with wildcards: files and model directories of this machine."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -8,23 +9,23 @@ from steps.artifacts import digest_file
 from steps.artifacts.tree import tree_sha256
 from steps.frame.errors import UserError
 from steps.sources.checkpoint import checkpoint_in
+from steps.sources.rows import ENDINGS, is_data_file
 
 _WILDCARDS = "*?["
 
 
 def fingerprint(uri: str, root: Path) -> str:
     """Return the sha256 over the files and their names below the deepest directory that holds them all."""
-    found = _find(uri, root)
-    files = [file for path in found for file in ([path] if path.is_file() else checkpoint_in(path))]
+    files = [file for path in _find(uri, root) for file in ([path] if path.is_file() else _files_in(path))]
     base = Path(os.path.commonpath(file.parent for file in files))
     return f"sha256:{tree_sha256({file.relative_to(base).as_posix(): digest_file(file) for file in files})}"
 
 
 def check(uri: str, root: Path, cache: Path) -> None:
-    """Refuse a path where nothing is, and a directory that is not a checkpoint; nothing of it is cached."""
+    """Refuse a path where nothing is, and a directory that holds neither a checkpoint nor data; nothing is cached."""
     for path in _find(uri, root):
         if path.is_dir():
-            checkpoint_in(path)
+            _files_in(path)
 
 
 def fetch_model(uri: str, cache: Path, root: Path) -> Path:
@@ -38,11 +39,40 @@ def fetch_model(uri: str, cache: Path, root: Path) -> Path:
 
 
 def fetch_data(uri: str, cache: Path, root: Path) -> list[Path]:
-    """Return the data files, sorted."""
-    found = _find(uri, root)
-    if folders := [path for path in found if path.is_dir()]:
-        raise UserError(f"{uri}: {folders[0]} is a directory; name its files, for example {uri.rstrip('/')}/*.jsonl")
-    return found
+    """Return the data files, sorted; a directory stands for all that are below it.
+
+    Raises:
+        UserError: a directory holds none.
+    """
+    found: list[Path] = []
+    for path in _find(uri, root):
+        files = _data_below(path) if path.is_dir() else [path]
+        if not files:
+            raise UserError(f"{uri}: {path} is a directory without data files ({', '.join(ENDINGS)})")
+        found += files
+    return sorted(found)
+
+
+def _files_in(directory: Path) -> list[Path]:
+    """Return the files that a directory stands for, as a model or as data.
+
+    Raises:
+        UserError: it is no checkpoint, and holds no data either.
+    """
+    data = _data_below(directory)
+    try:
+        return sorted({*checkpoint_in(directory), *data})
+    except UserError:
+        # With settings of a model beside it, it was meant as one.
+        if not data or (directory / "config.json").exists():
+            raise
+        return data
+
+
+def _data_below(directory: Path) -> list[Path]:
+    """Return the data files in a directory and those within it; what is hidden is left out."""
+    found = (path for path in directory.rglob("*") if is_data_file(path.name) and path.is_file())
+    return sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(directory).parts))
 
 
 def _find(uri: str, root: Path) -> list[Path]:
@@ -56,7 +86,17 @@ def _find(uri: str, root: Path) -> list[Path]:
     if path.exists():
         return [path]
     if any(character in text for character in _WILDCARDS):
-        if found := sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))):
+        if found := sorted(_matching(path)):
             return found
         raise UserError(f"{uri}: no file matches in {root}")
     raise UserError(f"{uri}: no such file or directory in {root}")
+
+
+def _matching(path: Path) -> Iterator[Path]:
+    """Yield what a path with wildcards matches; folders that are really called so are no wildcards."""
+    base, parts = Path(path.anchor), path.parts[1:]
+    for number, part in enumerate(parts):
+        if not (base / part).is_dir():
+            yield from base.glob("/".join(parts[number:]))
+            return
+        base /= part

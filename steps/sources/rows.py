@@ -19,6 +19,8 @@ class SourceRow:
     """Cells by column."""
     where: str
     """Where it stands, for error messages: `data.jsonl line 7`."""
+    is_mended: bool = False
+    """Whether halves of surrogate pairs, which no encoding can write, were replaced in its texts by U+FFFD."""
 
 
 def read_file(path: Path, label: str) -> Iterator[SourceRow]:
@@ -33,7 +35,7 @@ def read_file(path: Path, label: str) -> Iterator[SourceRow]:
     """
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
-        raise UserError(f"{label}: data files end in {', '.join(_READERS)}")
+        raise UserError(f"{label}: data files end in {', '.join(ENDINGS)}")
     yield from reader(path, label)
 
 
@@ -59,7 +61,21 @@ def _read_jsonl(path: Path, label: str) -> Iterator[SourceRow]:
                 raise UserError(f"{where}: not valid JSON ({error}); each line must be one JSON object") from None
             if not isinstance(values, dict):
                 raise UserError(f"{where}: a JSON {_json_name(values)}, where each line must be one JSON object")
-            yield SourceRow(values, where)
+            # An escape (`\\ud83d`) is the only way in which half a pair gets into JSON.
+            mended = _without_halves(values) if b"\\u" in line else values
+            yield SourceRow(mended, where, mended != values)
+
+
+def _without_halves(value: Any) -> Any:
+    """Return a value of JSON with U+FFFD for each half of a surrogate pair in its texts and keys."""
+    match value:
+        case str():
+            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        case list():
+            return [_without_halves(each) for each in value]
+        case dict():
+            return {_without_halves(key): _without_halves(each) for key, each in value.items()}
+    return value
 
 
 def _read_parquet(path: Path, label: str) -> Iterator[SourceRow]:
@@ -101,3 +117,6 @@ _READERS: dict[str, Callable[[Path, str], Iterator[SourceRow]]] = {
     ".parquet": _read_parquet,
     ".csv": _read_csv,
 }
+
+ENDINGS = tuple(_READERS)
+"""Endings of the names of data files."""

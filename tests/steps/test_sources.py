@@ -145,7 +145,7 @@ def test_a_pickle_or_a_bare_directory_is_no_checkpoint(tmp_path: Path, write: Wr
     write("bare/notes.txt", "x")
     with pytest.raises(UserError, match=r"bare: no \*\.safetensors file"):
         check("bare", tmp_path, tmp_path)
-    with pytest.raises(UserError, match="is a directory; name its files"):
+    with pytest.raises(UserError, match="is a directory without data files"):
         rows("bare", tmp_path)
 
 
