@@ -169,7 +169,7 @@ def _plan(config: Compare, job: Job, samples: "list[Sample]", vocabulary: int) -
     from steps.evaluate._measure import Plan
 
     if len(samples) < config.rows:
-        job.log.warning("%d rows fit, fewer than the %d asked for", len(samples), config.rows)
+        job.note(f"{len(samples)} rows fit, fewer than the {config.rows} asked for")
     return Plan(
         samples=samples,
         vocabulary=vocabulary,

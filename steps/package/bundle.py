@@ -62,7 +62,7 @@ def bundle(config: Bundle, job: Job) -> Draft:
     folders, more = _with_tokenizers(names, config.members, out)
     licence = licence_of(config.licence, {each.name: each.artifact for each in folders})
     if licence.disagreement:
-        job.log.warning("%s", licence.disagreement)
+        job.note(licence.disagreement.removesuffix("."))
     text = card(config.title, licence, folders, _table(config.report), config.data)
     (out / CARD_NAME).write_text(text, encoding="utf-8")
     sums |= more | {CARD_NAME: digest_file(out / CARD_NAME).sha256}

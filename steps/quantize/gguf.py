@@ -128,15 +128,14 @@ def quantize_gguf(config: QuantizeGguf, job: Job) -> Draft:
     left_out = tuple(unmarked[MOST_STOPS:])
     if left_out:
         words = ", ".join(tokenizer.convert_ids_to_tokens(list(left_out)))
-        job.log.warning("llama.cpp by itself will not stop at %s: a GGUF has no room for so many stop tokens", words)
+        job.note(f"llama.cpp by itself will not stop at {words}: a GGUF has no room for so many stop tokens")
     if outcome.fallbacks:
-        job.log.warning(
-            "%d tensors are stored in another type than %s's own: their rows do not divide into its blocks of 256",
-            outcome.fallbacks,
-            config.scheme,
+        job.note(
+            f"{outcome.fallbacks} tensors are stored in another type than {config.scheme}'s own: their rows do not "
+            "divide into its blocks of 256"
         )
     if importance and outcome.unweighed:
-        job.log.warning("no importance was measured for %s", ", ".join(outcome.unweighed))
+        job.note(f"no importance was measured for {', '.join(outcome.unweighed)}")
     with _timed(job, "verify"):
         bits = verify_gguf(target, model, tokenizer, [*_SENTENCES, *texts[:16]], job.cpus, left_out)
     job.log_metrics({"size_bytes": target.stat().st_size, "bits_per_weight": bits, "fallbacks": outcome.fallbacks})

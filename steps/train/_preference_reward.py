@@ -87,13 +87,14 @@ def step_table(tokenizer: "PreTrainedTokenizerFast", data: Samples, field: str, 
     from datasets import Dataset as Table
 
     rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-    steps = right = 0
+    steps = right = answers = 0
     for row in read_jsonl(data.rows_file):
         for sample in row["samples"]:
             where = f"step `{job.name}`: row {row['id']} of `{field}`"
             classes = [_class_of(each["label"], where) for each in sample.get("steps") or ()]
             if not classes:
                 continue
+            answers += 1
             texts = [each["text"] for each in sample["steps"]]
             try:
                 ids, ends = step_ends(tokenizer, row["messages"][:-1], sample["text"], texts)
@@ -112,6 +113,11 @@ def step_table(tokenizer: "PreTrainedTokenizerFast", data: Samples, field: str, 
         raise UserError(
             f"step `{job.name}`: no answer in `{field}` has labelled steps within max_tokens: {max_tokens}; a process "
             "reward model learns from samples with `steps: [{text, label}]`, as `data.label_steps` gives them"
+        )
+    if left_out := answers - len(rows["labels"]):
+        job.note(
+            f"{left_out} of {answers} answers of `{field}` were left out: no step with a label ends within "
+            f"max_tokens: {max_tokens}"
         )
     prefix = "" if field == "data" else f"{field}/"
     job.log_metrics({f"{prefix}answers": len(rows["labels"]), f"{prefix}steps": steps, f"{prefix}right_steps": right})

@@ -9,6 +9,7 @@ from steps.artifacts import Model, Preferences
 from steps.frame import Job, UserError
 from steps.lm.chat import conversation, without_control_tokens
 from steps.lm.rows import read_jsonl
+from steps.train._rows import longest_row, note_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset as Table
@@ -57,7 +58,7 @@ class Encoder:
         """
         self.letters = letters
         self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
+        self.longest = longest_row(model.path, max_tokens)
         self.job = job
         self._stops = model.facts.stop_token_ids
 
@@ -78,8 +79,8 @@ class Encoder:
             rejected, other_begin = self.encoded(row["prompt"], row["rejected"])
             # A token may join the prompt's end with the beginning of one answer and not with that of the other.
             start = min(begin, other_begin, _common_length(chosen, rejected))
-            cut += max(len(chosen), len(rejected)) > self.max_tokens
-            pair = Pair(chosen[:start], chosen[start : self.max_tokens], rejected[start : self.max_tokens])
+            cut += max(len(chosen), len(rejected)) > self.longest.tokens
+            pair = Pair(chosen[:start], chosen[start : self.longest.tokens], rejected[start : self.longest.tokens])
             if pair.chosen and pair.rejected and pair.chosen != pair.rejected:
                 pairs.append(pair)
         self._report(field, data.facts.rows, len(pairs), cut)
@@ -98,9 +99,9 @@ class Encoder:
                     continue
                 ids, start = self.encoded(row["prompt"], row[side])
                 found += 1
-                cut += len(ids) > self.max_tokens
-                if start < self.max_tokens:
-                    answers.append(Rated(ids[:start], ids[start : self.max_tokens], side == "chosen"))
+                cut += len(ids) > self.longest.tokens
+                if start < self.longest.tokens:
+                    answers.append(Rated(ids[:start], ids[start : self.longest.tokens], side == "chosen"))
         self._report(field, found, len(answers), cut)
         return answers
 
@@ -123,9 +124,9 @@ class Encoder:
     def _report(self, field: str, found: int, kept: int, cut: int) -> None:
         if not kept:
             raise UserError(
-                f"step `{self.job.name}`: no row of `{field}` has an answer within max_tokens: {self.max_tokens}; "
-                "raise it"
+                f"step `{self.job.name}`: no row of `{field}` has an answer within {self.longest.reason}; raise it"
             )
+        note_rows(self.job, field, found, left_out=found - kept, cut=cut, longest=self.longest)
         prefix = "" if field == "data" else f"{field}/"
         self.job.log_metrics({f"{prefix}rows": kept, f"{prefix}rows_cut": cut, f"{prefix}rows_dropped": found - kept})
 

@@ -11,6 +11,7 @@ from steps.lm.checkpoint import load_model, load_tokenizer
 from steps.lm.rows import read_jsonl
 from steps.train._adapters import trainable_model, trained_draft
 from steps.train._checkpoints import checkpoints, train
+from steps.train._rows import Longest, note_rows
 from steps.train._settings import LIBRARIES, PRELOAD, Training, common_arguments, training_tokenizer
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def train_distill(config: TrainDistill, job: Job) -> Draft:
     tokenizer = training_tokenizer(config, job)
     tokenizer.padding_side = "left"
     check_tokenizers(config, job, tokenizer)
-    rows = prompts_and_answers(config, tokenizer)
+    rows = prompts_and_answers(config, tokenizer, job)
     if not rows:
         raise UserError(f"step `{job.name}`: no row of `data` has an answer; give conversations that end with one")
     arguments = DistillationConfig(
@@ -131,15 +132,19 @@ def teacher_model(config: TrainDistill) -> "PreTrainedModel":
     return teacher.eval()
 
 
-def prompts_and_answers(config: TrainDistill, tokenizer: "PreTrainedTokenizerFast") -> list[dict[str, Any]]:
+def prompts_and_answers(config: TrainDistill, tokenizer: "PreTrainedTokenizerFast", job: Job) -> list[dict[str, Any]]:
     """Return `prompt` (messages) and `answer` (tokens, the stop token included) of every row."""
-    rows = []
+    rows: list[dict[str, Any]] = []
+    seen, cut = config.data.facts.rows, 0
     for row in read_jsonl(config.data.rows_file):
         talk = conversation(tokenizer, row["messages"], config.model.facts.stop_token_ids, only_last=True)
         own = zip(talk.ids[talk.prompt_length :], talk.assistant[talk.prompt_length :], strict=True)
-        answer = [token for token, mine in own if mine][: config.max_new_tokens]
+        answer = [token for token, mine in own if mine]
+        cut += len(answer) > config.max_new_tokens
         if answer:
-            rows.append({"prompt": list(row["messages"][:-1]), "answer": answer})
+            rows.append({"prompt": list(row["messages"][:-1]), "answer": answer[: config.max_new_tokens]})
+    longest = Longest(config.max_new_tokens, f"max_new_tokens: {config.max_new_tokens}")
+    note_rows(job, "data", seen, left_out=seen - len(rows), cut=cut, longest=longest)
     return rows
 
 

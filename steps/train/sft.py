@@ -10,6 +10,7 @@ from steps.lm.chat import conversation
 from steps.lm.rows import read_jsonl
 from steps.train._adapters import trainable_model, trained_draft
 from steps.train._checkpoints import checkpoints, train
+from steps.train._rows import longest_row, note_rows
 from steps.train._settings import LIBRARIES, PRELOAD, Training, common_arguments, training_tokenizer
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class TrainSft(Training):
     early_stopping: EarlyStopping | None = None
     """`{patience: 3, min_delta: 0.01}`; unset, training runs to its end."""
     max_tokens: int = Field(default=1024, ge=8)
-    """Longer rows are cut at the end."""
+    """Longer rows are cut at the end, also those longer than the model has positions for."""
     train_on: Literal["all", "last"] = "all"
     """Which of the assistant's turns are learned; a message with `learn: false` never is."""
     packing: bool = False
@@ -95,19 +96,21 @@ def tokenised(
     from datasets import Dataset as Table
 
     rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    field, longest = "eval" if prefix else "data", longest_row(config.model.path, config.max_tokens)
     seen = cut = 0
     for row in read_jsonl(data.rows_file):
         seen += 1
         ids, labels = labelled(row["messages"], tokenizer, config.model.facts.stop_token_ids, config.train_on)
-        cut += len(ids) > config.max_tokens
-        if any(label != -100 for label in labels[: config.max_tokens]):
-            rows["input_ids"].append(ids[: config.max_tokens])
-            rows["labels"].append(labels[: config.max_tokens])
+        cut += len(ids) > longest.tokens
+        if any(label != -100 for label in labels[: longest.tokens]):
+            rows["input_ids"].append(ids[: longest.tokens])
+            rows["labels"].append(labels[: longest.tokens])
     if not rows["input_ids"]:
         raise UserError(
-            f"step `{job.name}`: no row of `{'eval' if prefix else 'data'}` has an answer to learn within "
-            f"max_tokens: {config.max_tokens}; raise it, or see `learn` and `train_on`"
+            f"step `{job.name}`: no row of `{field}` has an answer to learn within {longest.reason}; raise it, or see "
+            "`learn` and `train_on`"
         )
+    note_rows(job, field, seen, left_out=seen - len(rows["labels"]), cut=cut, longest=longest)
     counts = {
         "rows": len(rows["labels"]),
         "rows_cut": cut,
@@ -164,7 +167,7 @@ def _trainer(
         if not attend_by_rows(model):
             job.log.info("this model's attention needs a mask over packed sequences, which costs their length squared")
         check_isolation(model)
-        rows = packed(rows, config.max_tokens)
+        rows = packed(rows, longest_row(config.model.path, config.max_tokens).tokens)
         job.log_metrics({"sequences": len(rows)})
         pad: Any = tokenizer.pad_token_id
         collator = PackedCollator(pad, return_position_ids=True)

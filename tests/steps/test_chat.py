@@ -46,6 +46,7 @@ def test_reasoning_that_is_dropped_from_earlier_turns_hinders_nobody_who_looks_a
     (sample,) = choose_samples(data, tokenizer, stops, rows=1, max_tokens=400)
     assert "easy" not in sample.text and "more" in sample.text
     given: Any = SimpleNamespace(data=data, model=pico, max_new_tokens=100, prompt_tokens=999, prompts=5)
-    (row,) = prompts_and_answers(given, tokenizer)
+    job: Any = None
+    (row,) = prompts_and_answers(given, tokenizer, job)
     assert tokenizer.decode(row["answer"]).startswith("<think>more</think>three")
     assert len(_token_rows(given, tokenizer)[0]) == len(sample.ids)

@@ -1,0 +1,46 @@
+"""How long a training row may be, and what is said of rows that are longer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from steps.frame import Job
+
+
+@dataclass(frozen=True)
+class Longest:
+    """The most tokens of a row."""
+
+    tokens: int
+    reason: str
+    """What says so, in words: `max_tokens: 1024`."""
+
+
+def longest_row(model: Path, max_tokens: int) -> Longest:
+    """Return the most tokens that a row of a training may have: no more than the model has positions for."""
+    from transformers import AutoConfig
+
+    text = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
+    # The library's own name of it, whichever the architecture has (GPT-2's is `n_positions`).
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and positions < max_tokens:
+        return Longest(positions, f"the model's {positions} positions (below max_tokens: {max_tokens})")
+    return Longest(max_tokens, f"max_tokens: {max_tokens}")
+
+
+def note_rows(job: Job, field: str, rows: int, *, left_out: int, cut: int, longest: Longest) -> None:
+    """Note how many rows teach nothing and are left out, and how many were cut at their end.
+
+    Args:
+        job: the running step.
+        field: the config's key that names the rows.
+        rows: how many there were.
+        left_out: how many of them have no answer to learn within the length.
+        cut: how many of them are longer.
+        longest: the length.
+    """
+    if left_out:
+        job.note(
+            f"{left_out} of {rows} rows of `{field}` were left out: no answer to learn in them within {longest.reason}"
+        )
+    if cut:
+        job.note(f"{cut} of {rows} rows of `{field}` are longer than {longest.reason}")
