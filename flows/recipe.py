@@ -15,7 +15,7 @@ from flows.layers import extended, interpolated, override, profiles_of, with_pro
 from flows.yaml_file import Place, YamlFile
 from registry.champions import SUFFIX
 from registry.gates import Gate
-from steps.frame import Resources, UserError
+from steps.frame import Resources, Seed, UserError
 from steps.frame.errors import did_you_mean
 
 _MOST = 1000
@@ -146,7 +146,7 @@ class Recipe(_Part):
     description: str = ""
     base: str | StepEntry | None = None
     """The pretrained model: a URI, or a step of its own. Steps refer to it as `base`."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of every step that takes one and does not set its own."""
     vars: dict[str, Any] = {}
     """Values for `${vars.NAME}` anywhere in the recipe."""

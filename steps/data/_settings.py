@@ -6,7 +6,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from steps.data._sides import Question, check_shares, sides_not_given
-from steps.frame import Source, StepConfig
+from steps.frame import Seed, Source, StepConfig
 
 
 class ReadRows(StepConfig):
@@ -31,7 +31,7 @@ class ReadRows(StepConfig):
     """Most rows to keep, chosen by hash."""
     system: str | None = None
     """System message for rows that have none."""
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _leaves_rows_to_learn(self) -> Self:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from steps.artifacts import Dataset, DatasetFacts, Draft
 from steps.data._conversations import row_id
 from steps.data._hashing import different_ids, uniform
-from steps.frame import Input, Job, Resources, StepConfig, UserError, step
+from steps.frame import Input, Job, Resources, Seed, StepConfig, UserError, step
 from steps.lm.rows import read_jsonl, write_jsonl
 from steps.lm.tasks import EMPTY_THINKING, THINK_OPEN, final_answer
 
@@ -33,7 +33,7 @@ class MixData(StepConfig):
     part is taken twice."""
     union: bool = False
     """Take every row of every part, each once, in place of shares; of equal rows the one that has a task."""
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _one_for_each_part(self) -> "MixData":

@@ -11,6 +11,9 @@ from pydantic_core import CoreSchema, core_schema
 
 from steps.artifacts import Artifact
 
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""Where random numbers begin; NumPy's generators take no other."""
+
 
 @dataclass(frozen=True)
 class Ref:

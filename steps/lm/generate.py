@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from steps.frame.config import Resources, StepConfig
+from steps.frame.config import Resources, Seed, StepConfig
 from steps.frame.errors import UserError
 from steps.frame.hardware import fast_dtype
 from steps.lm.chat import control_tokens, render, token_ids
@@ -56,7 +56,7 @@ class Decoding(StepConfig):
     """GPUs that hold one copy of the model (vLLM only); each such group answers its share of the prompts."""
     dtype: Dtype = Field(default_factory=fast_dtype)
     """Precision of the model; unset, what this machine is fastest in."""
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _has_backend(self) -> Self:

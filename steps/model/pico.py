@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from steps.artifacts import Draft, Model
-from steps.frame import Job, Resources, StepConfig, step
+from steps.frame import Job, Resources, Seed, StepConfig, step
 from steps.lm.checkpoint import model_facts, save_model
 from steps.lm.tasks import THINK_CLOSE, THINK_OPEN
 from steps.lm.turn_end import stop_at_turn_end
@@ -42,7 +42,7 @@ class PicoModel(StepConfig):
     """Longest sequence in tokens."""
     pretrain_steps: int = Field(default=60, ge=0)
     """Optimizer steps on plain text, 16 sequences of 128 tokens each."""
-    seed: int = 0
+    seed: Seed = 0
 
 
 @step(

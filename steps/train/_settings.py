@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from steps.artifacts import Adapter, Artifact, Model
-from steps.frame import Input, Job, Resources, StepConfig, UserError
+from steps.frame import Input, Job, Resources, Seed, StepConfig, UserError
 from steps.frame.hardware import fast_dtype
 from steps.lm.checkpoint import Dtype, give_padding, load_tokenizer
 from steps.train._adapters import AdapterMethod, Full, Lora, Oft
@@ -54,7 +54,7 @@ class Training(StepConfig):
     machine is fastest in."""
     checkpoint_steps: int = Field(default=50, ge=1)
     """A crash loses at most so many optimizer steps."""
-    seed: int = 0
+    seed: Seed = 0
 
     processes_shape_result: ClassVar[bool] = True
 

@@ -345,3 +345,8 @@ def test_extends_refuses_a_circle_and_a_missing_file(write: Callable[[str, str],
         load_recipe(path)
     with pytest.raises(UserError, match="there is no"):
         load_recipe(write("c.yaml", "extends: none.yaml\nname: c\n"))
+
+
+def test_a_seed_that_no_generator_takes_is_refused(recipe: Build) -> None:
+    for seed in ("-1", "4294967296", "1.5"):
+        assert "steps.sft.seed" in refusal(recipe, overrides=(f"steps.sft.seed={seed}",))

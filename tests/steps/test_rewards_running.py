@@ -295,3 +295,9 @@ def test_a_user_module_is_not_imported_when_the_recipe_is_read(write: Write, tmp
     file = write("loud.py", f"open({str(tmp_path / 'imported')!r}, 'w')\ndef f(rollouts): return [0]\n")
     READ.validate_python({"kind": "user", "path": f"{file}:f"})
     assert not (tmp_path / "imported").exists()
+
+
+def test_an_async_user_function_is_refused(write: Write) -> None:
+    file = write("later.py", "async def score(rollouts):\n    return [1.0 for _ in rollouts]\n")
+    said = refused({"kind": "user", "path": f"{file}:score"})
+    assert "`score` is an `async def`, which nobody awaits; write `def score`" in said

@@ -32,6 +32,8 @@ def _has_function(path: str) -> str:
         tree = ast.parse(file.read_bytes())
     except SyntaxError as error:
         raise ValueError(f"user: {file} line {error.lineno}: {error.msg}") from None
+    if any(isinstance(node, ast.AsyncFunctionDef) and node.name == name for node in tree.body):
+        raise ValueError(f"user: {file}: `{name}` is an `async def`, which nobody awaits; write `def {name}`")
     if name not in (known := _names_in(tree)):
         raise ValueError(f"user: {file} has no function `{name}`{did_you_mean(name, known)}")
     return path
