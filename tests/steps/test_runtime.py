@@ -126,7 +126,13 @@ def test_an_interruption_ends_the_proofs_that_run(tmp_path: Path) -> None:
     surroundings = {**os.environ, "LLAMA_CPP_LIB_PATH": str(folder)}
     code = "from steps.runtime.verdicts import prove_and_keep; print(1, flush=True); prove_and_keep(['llama.cpp'])"
     child = subprocess.Popen(
-        [sys.executable, "-c", code], env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-c", code],
+        env=surroundings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        # Where the tests themselves run in the background, it is ignored, and so it would be by the child.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert child.stdout and child.stdout.readline() == "1\n"
     own = psutil.Process(child.pid)
