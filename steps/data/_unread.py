@@ -6,7 +6,8 @@ from typing import Any
 from steps.frame.errors import UserError
 from steps.sources.rows import SourceRow
 
-_TOOLS = {"tools", "functions", "tool_calls", "function_call", "tool_call_id"}
+_TOOL_KEYS = {"tool_calls", "function_call", "tool_call_id"}
+"""Keys of messages that are about tools; `tools` is the column that describes them."""
 
 
 def unread(row: SourceRow, used: Iterable[str], lists: Iterable[str], keys: Iterable[str]) -> frozenset[str]:
@@ -31,7 +32,10 @@ def unread(row: SourceRow, used: Iterable[str], lists: Iterable[str], keys: Iter
         for name, value in message.items()
         if name not in keys and not _is_empty(value)
     }
-    if tools := sorted(_TOOLS & {*outside, *(name for _, name in inside)}):
+    tools = sorted(_TOOL_KEYS & {name for _, name in inside})
+    if "tools" in outside and _is_structured(row.values["tools"]):
+        tools.append("tools")
+    if tools:
         raise UserError(
             f"{row.where}: it has `{tools[0]}`, and no step renders tools yet: its answers would be learned without "
             "what they answer to; leave such rows out, or take the key out where it means nothing"
@@ -47,3 +51,8 @@ def message_objects(value: Any) -> list[Mapping[str, Any]]:
 def _is_empty(value: Any) -> bool:
     """Whether a cell says nothing: formats with a fixed set of columns fill what a row has not."""
     return value in (None, "", "[]", "{}") or (isinstance(value, list | Mapping) and not value)
+
+
+def _is_structured(value: Any) -> bool:
+    """Whether a cell describes tools: objects, or JSON as some formats write them; other text is about something else."""
+    return isinstance(value, list | Mapping) or str(value).lstrip()[:1] in ("[", "{")

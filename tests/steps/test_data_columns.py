@@ -69,6 +69,9 @@ def test_empty_columns_of_tools_say_nothing(bench: Any, jsonl: Lines) -> None:
     row = {**turns({"tool_calls": None, "tool_call_id": ""}), "tools": "[]", "functions": []}
     result = bench.attempt("data.prepare", None, source=jsonl([row]), eval_fraction=0)
     assert (result.status, result.notes) == ("finished", ())
+    row |= {"tools": "hammer, saw", "functions": ["def f(): ..."]}
+    result = bench.attempt("data.prepare", None, source=jsonl([row]), eval_fraction=0)
+    assert result.notes == ("not used: `functions` (1 rows), `tools` (1 rows)",)
 
 
 def test_columns_and_keys_that_nobody_reads_are_named(bench: Any, jsonl: Lines) -> None:
