@@ -54,5 +54,5 @@ def _is_empty(value: Any) -> bool:
 
 
 def _is_structured(value: Any) -> bool:
-    """Whether a cell describes tools: objects, or JSON as some formats write them; other text is about something else."""
+    """Whether a cell describes tools: objects, or JSON as some formats write them; other text means something else."""
     return isinstance(value, list | Mapping) or str(value).lstrip()[:1] in ("[", "{")
