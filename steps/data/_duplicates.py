@@ -5,8 +5,6 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-import numpy as np
-
 from steps.data._conversations import Conversation
 
 _PERMUTATIONS = 128
@@ -114,6 +112,8 @@ def template_words(texts: Sequence[Words]) -> list[tuple[int, int]]:
 
 def _common_beginnings(texts: Sequence[Words], many: int) -> list[int]:
     """Return for each text with how many words of its beginning at least `many` texts begin, itself among them."""
+    import numpy as np
+
     if len(texts) < many:
         return [0] * len(texts)
     order = sorted(range(len(texts)), key=texts.__getitem__)

@@ -17,11 +17,6 @@ class Sided(Protocol):
         ...
 
     @property
-    def source(self) -> str:
-        """Where it comes from."""
-        ...
-
-    @property
     def opening(self) -> str:
         """Digest of what the user asks."""
         ...
