@@ -145,7 +145,7 @@ class Recipe(_Part):
     name: str = Field(pattern=_NAME, max_length=_LONGEST)
     description: str = ""
     base: str | StepEntry | None = None
-    """The pretrained model: a URI, or a step of its own. Steps refer to it as `base`."""
+    """The pretrained model: a URI, `{uri: ..., template: chatml}`, or a step of its own; steps say `base`."""
     seed: Seed = 0
     """Seed of every step that takes one and does not set its own."""
     vars: dict[str, Any] = {}
@@ -154,6 +154,12 @@ class Recipe(_Part):
     """Steps, and groups of steps that are repeated."""
     publish: Publish | None = None
     schedule: Schedule | None = None
+
+    @field_validator("base", mode="before")
+    @classmethod
+    def _source(cls, base: Any) -> Any:
+        """Take settings without a step kind as those of `model.source`."""
+        return {"uses": "model.source", **base} if isinstance(base, Mapping) and "uses" not in base else base
 
     @field_validator("steps", mode="after")
     @classmethod

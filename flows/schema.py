@@ -20,6 +20,8 @@ def recipe_schema() -> dict[str, Any]:
         definitions[name] = _step_schema(kind, definitions)
         condition = {"properties": {"uses": {"const": kind.name}}, "required": ["uses"]}
         choices.append({"if": condition, "then": {"$ref": f"#/$defs/{name}"}})
+    # A base that does not say what it is, is a source.
+    schema["properties"]["base"]["anyOf"].insert(1, {"$ref": "#/$defs/model_source"})
     uses = {"enum": [kind.name for kind in all_kinds()], "description": "Step kind."}
     definitions["StepEntry"] = {"type": "object", "properties": {"uses": uses}, "required": ["uses"], "allOf": choices}
     whole, part = {"$ref": "#/$defs/StepEntry"}, _partial_step(uses)

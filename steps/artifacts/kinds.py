@@ -76,6 +76,8 @@ class ModelFacts(Facts):
     licence: str | None = None
     origin: str | None = None
     """URI of the pretrained model at the root of the lineage."""
+    new_tokens: tuple[int, ...] = ()
+    """Control tokens of a chat template that it was given, of which it has learned nothing yet."""
     chosen_on: tuple[str, ...] = ()
     """sha256 of the rows by which it, or what it was made of, was chosen, and of those behind them (`made_of`); on all
     of these it looks better than it is."""

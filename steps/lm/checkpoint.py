@@ -87,12 +87,16 @@ def chat_template(directory: Path) -> str | None:
     file = directory / "chat_template.jinja"
     if file.exists():
         return file.read_text(encoding="utf-8")
+    return named_templates(directory).get("default")
+
+
+def named_templates(directory: Path) -> dict[str, str]:
+    """Return the chat templates of `tokenizer_config.json` by name; a single one is the default."""
     config = directory / "tokenizer_config.json"
-    template = _read_json(config).get("chat_template") if config.exists() else None
-    if isinstance(template, list):
-        named = (each for each in template if isinstance(each, dict) and each.get("name") == "default")
-        template = next(named, {}).get("template")
-    return template if isinstance(template, str) else None
+    found = _read_json(config).get("chat_template") if config.exists() else None
+    listed = found if isinstance(found, list) else [{"name": "default", "template": found}]
+    named = (each for each in listed if isinstance(each, dict))
+    return {str(each.get("name")): text for each in named if isinstance(text := each.get("template"), str)}
 
 
 def template_sha256(directory: Path) -> str | None:

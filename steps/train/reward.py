@@ -13,6 +13,7 @@ from steps.lm.checkpoint import give_padding, load_tokenizer, model_facts, name_
 from steps.train._adapters import Full, thaw_padding
 from steps.train._checkpoints import checkpoints, train
 from steps.train._divided import whole_model
+from steps.train._new_tokens import learn_new_tokens
 from steps.train._settings import LIBRARIES, PRELOAD, Training, common_arguments
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ def _classifier(config: TrainReward, tokenizer: "PreTrainedTokenizerFast") -> "P
     # The head is fresh: it is trained whole, and needs no adapter.
     peft.modules_to_save = [head_name(model)]
     peft.exclude_modules = [head_name(model)]
+    learn_new_tokens(model, peft, config.model.facts.new_tokens)
     try:
         return get_peft_model(model, peft)  # pyright: ignore[reportReturnType]
     except ValueError as error:
