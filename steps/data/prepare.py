@@ -170,10 +170,10 @@ def _lengths(rows: Sequence[Conversation], tokenizer: "PreTrainedTokenizerFast |
 
 
 def _templated(row: Conversation, tokenizer: "PreTrainedTokenizerFast") -> str:
-    from steps.lm.chat import render
+    from steps.lm.chat import whole_text
 
     try:
-        return render(tokenizer, row.as_messages())
+        return whole_text(tokenizer, row.as_messages())
     except UserError as error:
         raise UserError(f"{row.where}: {error}") from error
 

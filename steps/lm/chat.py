@@ -15,8 +15,11 @@ from steps.lm.tasks import THINK_CLOSE, THINK_OPEN
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_WAY_OUT = "give conversations with one assistant turn, or train on the last turn only"
 Message = Mapping[str, str]
 """`{"role": ..., "content": ...}`."""
+_MARK = "\u2039what is said\u203a"
+"""Stands for an answer where it is asked what the template writes behind one."""
 _added_tokens: "WeakKeyDictionary[PreTrainedTokenizerFast, tuple[int, dict[int, str], frozenset[int]]]" = (
     WeakKeyDictionary()
 )
@@ -49,6 +52,10 @@ class Conversation:
     def prompt_length(self) -> int:
         """Tokens before the assistant's last turn; all of them where the assistant says nothing."""
         return next((turn.start for turn in reversed(self.turns) if turn), len(self.ids))
+
+
+class TurnChanges(UserError):
+    """The template shows an earlier turn otherwise than when it was the last: each can only be learned as that."""
 
 
 def render(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message], *, prompt: bool = False) -> str:
@@ -123,22 +130,32 @@ def conversation(
 ) -> Conversation:
     """Tokenise a whole conversation and mark the assistant's tokens, of all its turns or of the last one only.
 
+    The last turn is what a model that is asked would have to write: where the template's invitation already opens the
+    thoughts (`<think>`), it goes on from there, and thoughts stay that the template takes out of what was said before
+    (DeepSeek-R1's distilled models do both).
+
     An assistant's turn runs from where the template invites it to speak to its first stop token (`stop_token_ids`, by
     default the tokenizer's end token), because what the template writes after that no model ever generates. Where the
     template ends the last turn with none, the tokenizer's end token is put there: who learns no end never stops. Where
     there is no end token at all, a turn is all that the template renders of it.
 
     Raises:
-        UserError: there is no template, or it renders a turn differently once a later one follows, so that it cannot
-            be said which text is the assistant's.
+        UserError: there is no template.
+        TurnChanges: it renders a turn differently once a later one follows, so that it cannot be said which text is the
+            assistant's.
     """
-    text = render(tokenizer, messages)
-    spans = _turns(tokenizer, messages, text, only_last)
+    text, spans = _turns(tokenizer, messages, only_last)
     stops = set(stop_token_ids) or set(token_ids(tokenizer, str(tokenizer.eos_token or "")))
     found = _tokenised(tokenizer, text, spans, stops)
     if found.turns and messages[-1]["role"] == "assistant" and stops.isdisjoint(found.last_ids) and tokenizer.eos_token:
         text += str(tokenizer.eos_token)
         found = _tokenised(tokenizer, text, [*spans[:-1], (spans[-1][0], len(text))], stops)
+    for turn in found.turns[:-1]:
+        if stops and stops.isdisjoint(found.ids[turn.start : turn.stop]):
+            raise TurnChanges(
+                f"{tokenizer.name_or_path}: the chat template ends the assistant's last turn otherwise than earlier "
+                f"ones, which have no stop token; {_WAY_OUT}"
+            )
     return found
 
 
@@ -158,23 +175,63 @@ def _tokenised(
     return Conversation(text, ids, tuple(turns))
 
 
+def whole_text(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message]) -> str:
+    """Return the text of a conversation as it is learned, the thoughts of its last turn included.
+
+    Raises:
+        UserError: see `render`.
+    """
+    text = render(tokenizer, messages)
+    last = messages[-1]
+    if last["role"] != "assistant" or not (
+        THINK_CLOSE in last["content"] or THINK_OPEN in str(tokenizer.chat_template)
+    ):
+        return text
+    return _as_asked(tokenizer, messages, text, render(tokenizer, messages[:-1], prompt=True))
+
+
+def _as_asked(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message], text: str, before: str) -> str:
+    """Return a conversation's text with its last turn as a model writes it that is asked by `before`."""
+    content = messages[-1]["content"]
+    opens = before.rstrip().endswith(THINK_OPEN)
+    thoughts = content.split(THINK_CLOSE)[0].replace(THINK_OPEN, "").strip() if THINK_CLOSE in content else ""
+    if text.startswith(before) and thoughts in text[len(before) :]:
+        return text
+    if not (opens or thoughts):
+        return text
+    marked = render(tokenizer, [*messages[:-1], {**messages[-1], "content": _MARK}])
+    closing = marked[marked.rfind(_MARK) + len(_MARK) :] if _MARK in marked else ""
+    if not opens:
+        return f"{before}{content}{closing}"
+    break_ = before[len(before.rstrip()) :]
+    if THINK_CLOSE in content:
+        own = content.lstrip().removeprefix(THINK_OPEN)
+        return f"{before}{own.lstrip() if break_ else own}{closing}"
+    # Whoever did not think closes at once what the invitation opened, as Qwen3's template writes it.
+    return f"{before}{'' if break_ else chr(10)}\n{THINK_CLOSE}\n\n{content}{closing}"
+
+
 def _turns(
-    tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message], text: str, only_last: bool
-) -> list[tuple[int, int]]:
-    """Return the spans of characters of the assistant's turns."""
+    tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message], only_last: bool
+) -> tuple[str, list[tuple[int, int]]]:
+    """Return the text of a conversation, and the spans of characters of the assistant's turns."""
+    text = whole_text(tokenizer, messages)
     own = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     spans = []
     for index in own[-1:] if only_last else own:
         before = render(tokenizer, messages[:index], prompt=True)
+        if index == len(messages) - 1 and text.startswith(before):
+            spans.append((len(before), len(text)))
+            continue
         through = render(tokenizer, messages[: index + 1])
         if not text.startswith(through):
             # Some templates (Phi-3's) write the end token behind the last turn, whichever that is.
             through = through.removesuffix(str(tokenizer.eos_token or ""))
         # The last turn's text is what matters to most callers; an earlier one may lose its reasoning to the template.
         if not (text.startswith(before) and text.startswith(through)):
-            raise UserError(
+            raise TurnChanges(
                 f"{tokenizer.name_or_path}: the chat template changes the assistant's turn {index + 1} when it is part "
-                "of a longer conversation; give conversations with one assistant turn, or train on the last turn only"
+                f"of a longer conversation; {_WAY_OUT}"
             )
         spans.append((len(before), len(through)))
-    return spans
+    return text, spans

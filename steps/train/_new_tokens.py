@@ -33,22 +33,22 @@ def learn_new_tokens(model: "PreTrainedModel", config: "PeftConfig", tokens: Seq
     exit_: Any = model.get_output_embeddings()
     is_tied = exit_ is not None and exit_.weight is entrance.weight
     names = [_name(model, layer) for layer in ([entrance] if is_tied or exit_ is None else [entrance, exit_])]
-    # What PiSSA begins with is taken out again at the end, by a conversion of PEFT that knows no other rows.
     if str(getattr(settings, "init_lora_weights", "")).startswith("pissa"):
-        raise UserError(
-            f"adapter: `pissa` cannot learn the {len(tokens)} control tokens that the template brought; take `lora`, or "
-            "`full`"
-        )
+        # What it begins with is taken out again at the end, by a conversion of PEFT that keeps no other rows.
+        raise _unable("pissa", tokens, "")
     if hasattr(settings, "trainable_token_indices") and getattr(exit_, "bias", None) is None:
         settings.trainable_token_indices = {name: list(tokens) for name in names}
     elif is_tied:
-        kind = settings.peft_type.value.lower()
-        raise UserError(
-            f"adapter: `{kind}` cannot learn the {len(tokens)} control tokens that the template brought, because the "
-            "two embeddings of this model are one; take `lora`, or `full`"
-        )
+        raise _unable(settings.peft_type.value.lower(), tokens, ", because the two embeddings of this model are one")
     else:
         settings.modules_to_save = [*(settings.modules_to_save or ()), *names]
+
+
+def _unable(kind: str, tokens: Sequence[int], why: str) -> UserError:
+    return UserError(
+        f"adapter: `{kind}` cannot learn the {len(tokens)} control tokens that the template brought{why}; take `lora`, "
+        "or `full`"
+    )
 
 
 def show_bias(model: "nn.Module") -> None:

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from steps.artifacts import Adapter, Dataset, Draft, Model
 from steps.frame import Chooses, Input, Job, Resources, UserError, step
-from steps.lm.chat import conversation
+from steps.lm.chat import TurnChanges, conversation
 from steps.lm.rows import read_jsonl
 from steps.train._adapters import trainable_model, trained_draft
 from steps.train._checkpoints import checkpoints, train
@@ -97,24 +97,33 @@ def tokenised(
 
     rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     field, longest = "eval" if prefix else "data", longest_row(config.model.path, config.max_tokens)
-    seen = cut = 0
+    seen = cut = apart = without = 0
     for row in read_jsonl(data.rows_file):
+        found = labelled(row["messages"], tokenizer, config.model.facts.stop_token_ids, config.train_on)
         seen += 1
-        ids, labels = labelled(row["messages"], tokenizer, config.model.facts.stop_token_ids, config.train_on)
-        cut += len(ids) > longest.tokens
-        if any(label != -100 for label in labels[: longest.tokens]):
-            rows["input_ids"].append(ids[: longest.tokens])
-            rows["labels"].append(labels[: longest.tokens])
+        apart += len(found) > 1
+        cut += any(len(ids) > longest.tokens for ids, _ in found)
+        kept = [(ids[: longest.tokens], labels[: longest.tokens]) for ids, labels in found]
+        learned = [(ids, labels) for ids, labels in kept if any(label != -100 for label in labels)]
+        without += not learned
+        for ids, labels in learned:
+            rows["input_ids"].append(ids)
+            rows["labels"].append(labels)
     if not rows["input_ids"]:
         raise UserError(
             f"step `{job.name}`: no row of `{field}` has an answer to learn within {longest.reason}; raise it, or see "
             "`learn` and `train_on`"
         )
-    note_rows(job, field, seen, left_out=seen - len(rows["labels"]), cut=cut, longest=longest)
+    if apart:
+        job.note(
+            f"{apart} of {seen} rows of `{field}` are learned turn by turn, because the chat template shows earlier "
+            "turns otherwise than they were said"
+        )
+    note_rows(job, field, seen, left_out=without, cut=cut, longest=longest)
     counts = {
         "rows": len(rows["labels"]),
         "rows_cut": cut,
-        "rows_without_answer": seen - len(rows["labels"]),
+        "rows_without_answer": without,
         "tokens": sum(map(len, rows["input_ids"])),
         "answer_tokens": sum(label != -100 for labels in rows["labels"] for label in labels),
     }
@@ -127,9 +136,28 @@ def labelled(
     tokenizer: "PreTrainedTokenizerFast",
     stop_token_ids: tuple[int, ...],
     train_on: Literal["all", "last"],
+) -> list[tuple[list[int], list[int]]]:
+    """Return the tokens of a conversation and, for each, what is learned there: itself, or -100 for nothing.
+
+    Where the template shows earlier turns otherwise than they were said, their thoughts taken out, no one text has all
+    of the assistant's turns as a model would write them: each that is learned is then the last of a text of its own.
+    """
+    try:
+        return [_labelled(messages, tokenizer, stop_token_ids, only_last=train_on == "last")]
+    except TurnChanges:
+        ends = [end for end, each in enumerate(messages, start=1) if each["role"] == "assistant"]
+        learned = [end for end in ends if messages[end - 1].get("learn", True)]
+        return [_labelled(messages[:end], tokenizer, stop_token_ids, only_last=True) for end in learned]
+
+
+def _labelled(
+    messages: list[dict[str, Any]],
+    tokenizer: "PreTrainedTokenizerFast",
+    stop_token_ids: tuple[int, ...],
+    *,
+    only_last: bool,
 ) -> tuple[list[int], list[int]]:
-    """Return the tokens of a conversation and, for each, what is learned there: itself, or -100 for nothing."""
-    rendered = conversation(tokenizer, messages, stop_token_ids, only_last=train_on == "last")
+    rendered = conversation(tokenizer, messages, stop_token_ids, only_last=only_last)
     wanted = [message.get("learn", True) for message in messages if message["role"] == "assistant"]
     labels = [-100] * len(rendered.ids)
     for turn, learn in zip(rendered.turns, wanted[-len(rendered.turns) :], strict=True):

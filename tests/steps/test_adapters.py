@@ -110,7 +110,7 @@ def loss(model: Any, data: Dataset) -> float:
     total, count = 0.0, 0
     with torch.no_grad():
         for row, _ in zip(read_jsonl(data.rows_file), range(32), strict=False):
-            ids, labels = labelled(row["messages"], tokenizer, model.facts.stop_token_ids, "all")
+            ids, labels = labelled(row["messages"], tokenizer, model.facts.stop_token_ids, "all")[0]
             logits = network(input_ids=torch.tensor([ids])).logits[0, :-1]
             total += torch.nn.functional.cross_entropy(logits, torch.tensor(labels[1:]), reduction="sum").item()
             count += sum(label != -100 for label in labels)

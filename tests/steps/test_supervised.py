@@ -62,7 +62,7 @@ def test_the_held_out_loss_is_the_mean_over_tokens_however_large_a_batch(bench: 
     tokenizer, net = load_tokenizer(model.path), load_model(model.path, "float32").eval()
     nll = tokens = 0.0
     for row in read_jsonl(held.rows_file):
-        ids, labels = labelled(row["messages"], tokenizer, model.facts.stop_token_ids, "all")
+        ids, labels = labelled(row["messages"], tokenizer, model.facts.stop_token_ids, "all")[0]
         count = sum(label != -100 for label in labels)
         with torch.inference_mode():
             nll += count * float(net(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss)

@@ -84,9 +84,9 @@ def test_all_turns_or_the_last_are_learned(pico: Any) -> None:
 def test_a_users_token_is_no_loss_term(pico: Any) -> None:
     tokenizer = load_tokenizer(pico.path)
     messages = talk()
-    ids, labels = labelled(messages, tokenizer, pico.facts.stop_token_ids, "all")
+    ids, labels = labelled(messages, tokenizer, pico.facts.stop_token_ids, "all")[0]
     messages[2] = {"role": "user", "content": "Anothet."}
-    other_ids, other_labels = labelled(messages, tokenizer, pico.facts.stop_token_ids, "all")
+    other_ids, other_labels = labelled(messages, tokenizer, pico.facts.stop_token_ids, "all")[0]
     assert ids != other_ids
     assert [label for label in labels if label != -100] == [label for label in other_labels if label != -100]
     model = load_model(pico.path, "float32")
@@ -103,7 +103,7 @@ def test_a_users_token_is_no_loss_term(pico: Any) -> None:
 def spans(model: Any, messages: list[dict[str, Any]], train_on: Any) -> list[str]:
     """What is learned, as the texts of unbroken runs."""
     tokenizer = load_tokenizer(model.path)
-    _, labels = labelled(messages, tokenizer, model.facts.stop_token_ids, train_on)
+    _, labels = labelled(messages, tokenizer, model.facts.stop_token_ids, train_on)[0]
     runs: list[list[int]] = [[]]
     for label in labels:
         if label != -100:

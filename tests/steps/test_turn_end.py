@@ -144,7 +144,7 @@ def test_a_last_turn_without_an_end_is_given_the_tokenizers(tokenizer: Any, temp
     try:
         asked = conversation(tokenizer, QUESTION, [end])
         talk = conversation(tokenizer, ANSWERED, [end])
-        both = conversation(tokenizer, [*ANSWERED, *ANSWERED], [end])
+        both = conversation(tokenizer, [*ANSWERED, *ANSWERED], [end], only_last=True)
     finally:
         tokenizer.eos_token = "<|endoftext|>"
     assert asked.turns == () and asked.ids[-1] != end
