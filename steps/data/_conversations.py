@@ -7,18 +7,28 @@ from typing import Any, Literal
 
 from steps.artifacts.manifest import canonical_json
 from steps.data._hashing import hexdigest
-from steps.data._unread import message_objects, unread
+from steps.data._messages import (
+    LISTS,
+    MASKS,
+    Turn,
+    as_message,
+    content_of,
+    is_read,
+    message_list,
+    said,
+    turn_of,
+    with_tools,
+    words_in,
+)
+from steps.data._unread import is_empty, is_structured, message_objects, unread
 from steps.frame.errors import UserError, did_you_mean
 from steps.sources.rows import SourceRow
 
-Role = Literal["system", "user", "assistant"]
 Columns = Mapping[Literal["messages", "system", "user", "assistant"], str]
 """Column that holds all messages, or the text of one role."""
 
 _ROLES = ("system", "user", "assistant")
 # Layouts that are recognised by their columns (user, assistant), in this order.
-_MASKS = ("learn", "weight", "train", "loss")
-"""Keys by which a message says whether it is learned: ours, OpenAI's (and Mistral's), Axolotl's, ms-swift's."""
 _LAYOUTS = (("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
 
 
@@ -26,8 +36,8 @@ _LAYOUTS = (("prompt", "completion"), ("question", "answer"), ("instruction", "o
 class Conversation:
     """One row as every later step sees it."""
 
-    messages: tuple[tuple[str, str], ...]
-    """Role and content; the last is the assistant's."""
+    messages: tuple[Turn, ...]
+    """The last is the assistant's."""
     source: str
     where: str
     task: Mapping[str, Any] | None = field(default=None, compare=False)
@@ -66,22 +76,17 @@ class Conversation:
     @property
     def words(self) -> int:
         """Number of words in all messages."""
-        return sum(len(content.split()) for _, content in self.messages)
+        return sum(len(turn[1].split()) for turn in self.messages)
 
     def words_of(self, *, assistant: bool) -> list[str]:
         """Return the words of the assistant or of all others, lower case: what near duplicates are compared by."""
-        return [
-            word
-            for role, content in self.messages
-            if (role == "assistant") is assistant
-            for word in content.casefold().split()
-        ]
+        return [word for turn in self.messages if (turn[0] == "assistant") is assistant for word in words_in(turn)]
 
     def as_messages(self) -> list[dict[str, Any]]:
         """Return the messages as chat templates take them."""
         return [
-            {"role": role, "content": content, **({"learn": False} if index in self.unlearned else {})}
-            for index, (role, content) in enumerate(self.messages)
+            {**as_message(turn), **({"learn": False} if index in self.unlearned else {})}
+            for index, turn in enumerate(self.messages)
         ]
 
     def as_row(self) -> dict[str, Any]:
@@ -90,33 +95,33 @@ class Conversation:
         return row if self.task is None else {**row, "task": self.task}
 
 
-def conversation_id(messages: Sequence[tuple[str, str]]) -> str:
-    """Return the id of a conversation, given as role and content of each message."""
+def conversation_id(messages: Sequence[Turn]) -> str:
+    """Return the id of a conversation."""
     return hexdigest(canonical_json(messages))[:16]
 
 
 def row_id(row: Mapping[str, Any]) -> str:
     """Return the id that a row of a Dataset has by its messages."""
-    return conversation_id([(message["role"], message["content"]) for message in row["messages"]])
+    return conversation_id([turn_of(message) for message in row["messages"]])
 
 
-def opening_of(messages: Iterable[tuple[str, str]]) -> str:
+def opening_of(messages: Iterable[Turn]) -> str:
     """Return the digest of what the user says before the assistant's first turn.
 
     Letters' case and white space do not count: as for duplicates, what differs in these alone is the same. What a
     system message says is `system_of`.
     """
-    return hexdigest(canonical_json([each for each in _before_the_answer(messages) if each[0] != "system"]))[:16]
+    asked = [turn[:2] for turn in _before_the_answer(messages) if turn[0] != "system"]
+    return hexdigest(canonical_json(asked))[:16]
 
 
-def system_of(messages: Iterable[tuple[str, str]]) -> str:
+def system_of(messages: Iterable[Turn]) -> str:
     """Return what system messages say before the assistant's first turn, with case and white space as in openings."""
-    return " ".join(content for role, content in _before_the_answer(messages) if role == "system")
+    return " ".join(turn[1] for turn in _before_the_answer(messages) if turn[0] == "system")
 
 
-def _before_the_answer(messages: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    before = takewhile(lambda message: message[0] != "assistant", messages)
-    return [(role, " ".join(content.casefold().split())) for role, content in before]
+def _before_the_answer(messages: Iterable[Turn]) -> list[Turn]:
+    return said(takewhile(lambda turn: turn[0] != "assistant", messages))
 
 
 def conversation(
@@ -137,44 +142,72 @@ def conversation(
     Raises:
         UserError: the layout is unknown, the conversation has no user's or no assistant's turn, or no such column.
     """
-    messages = _messages(row, columns)
-    last = max((index for index, (role, _) in enumerate(messages) if role == "assistant"), default=None)
+    layout = _layout(row, columns)
+    turns = _turns(row, layout)
+    last = max((index for index, turn in enumerate(turns) if turn[0] == "assistant"), default=None)
     if last is None:
         raise UserError(f"{row.where}: the row has no assistant turn; there is nothing in it to learn")
-    messages = messages[: last + 1]
-    roles = [role for role, _ in messages]
+    turns = turns[: last + 1]
+    roles = [turn[0] for turn in turns]
     if "user" not in roles[: roles.index("assistant")]:
         raise UserError(
             f"{row.where}: the assistant speaks before any user; a conversation begins with the user's turn"
         )
-    unlearned = _unlearned(row, columns)
-    unused = _unread(row, columns, group)
+    unlearned = _unlearned(row, layout)
+    unused = _unread(row, layout, group)
     added = system is not None and roles[0] != "system"
     if system is not None and added:
-        messages = [("system", system), *messages]
+        turns = [("system", system), *turns]
         unlearned = frozenset(index + 1 for index in unlearned)
+    if not is_empty(tools := row.values.get("tools")) and is_structured(tools):
+        turns = with_tools(turns, tools, row.where)
     task = row.values.get("task")
     if group is not None and group not in row.values:
         raise _no_column(group, row)
     # A row without a value belongs with no other, not with all that have none.
     together = None if group is None or row.values[group] in (None, "") else str(row.values[group])
     own_task = task if isinstance(task, Mapping) else None
-    return Conversation(tuple(messages), source, row.where, own_task, together, unlearned, added, unused, row.is_mended)
+    return Conversation(tuple(turns), source, row.where, own_task, together, unlearned, added, unused, row.is_mended)
 
 
-def _messages(row: SourceRow, columns: Columns) -> list[tuple[str, str]]:
+@dataclass(frozen=True)
+class _Layout:
+    """Where a row has what."""
+
+    lists: tuple[str, ...] = ()
+    """Columns of messages, the later going on from the earlier."""
+    texts: Columns = field(default_factory=dict)
+    """Column of each speaker's text."""
+
+
+def _layout(row: SourceRow, columns: Columns) -> _Layout:
+    """Find where the messages stand.
+
+    Raises:
+        UserError: there is no such column, or no known layout.
+    """
+    if "messages" in columns:
+        if columns["messages"] not in row.values:
+            raise _no_column(columns["messages"], row)
+        return _Layout((columns["messages"],))
+    if columns:
+        return _Layout(texts=columns)
+    if found := next((name for name in LISTS if name in row.values), None):
+        return _Layout((found,))
+    texts = _recognised(row)
+    # As TRL has them: messages that ask, and messages that answer.
+    both = (texts["user"], texts["assistant"])
+    return _Layout(both) if all(isinstance(row.values[name], list) for name in both) else _Layout(texts=texts)
+
+
+def _turns(row: SourceRow, layout: _Layout) -> list[Turn]:
     values = row.values
-    column = columns.get("messages", "messages")
-    if not columns or "messages" in columns:
-        if column in values:
-            return message_list(values[column], column, row.where)
-        if columns:
-            raise _no_column(column, row)
-        columns = _recognised(row)
+    if layout.lists:
+        return [turn for column in layout.lists for turn in message_list(values[column], column, row.where)]
     # A role that only some rows have (a system prompt, an extra input) may be empty; the two speakers may not.
-    found = []
+    found: list[Turn] = []
     for role in _ROLES:
-        name = columns.get(role)
+        name = layout.texts.get(role)
         if name is None:
             continue
         if name not in values:
@@ -186,38 +219,38 @@ def _messages(row: SourceRow, columns: Columns) -> list[tuple[str, str]]:
     return found
 
 
-def _unlearned(row: SourceRow, columns: Columns) -> frozenset[int]:
-    """Return the places of messages that say, by whichever key of common formats, that they are not to be learned."""
-    found = set()
-    for index, message in enumerate(message_objects(row.values.get(_list_column(row, columns)))):
-        said = {key: message[key] for key in _MASKS if message.get(key) is not None}
-        for key, value in said.items():
+def _unlearned(row: SourceRow, layout: _Layout) -> frozenset[int]:
+    """Return the places of messages that say, by whichever key of common formats, that they are not to be learned.
+
+    Where one column asks and another answers, only what answers is learned.
+    """
+    lists = [message_objects(row.values.get(column)) for column in layout.lists]
+    asked = len(lists[0]) if len(lists) > 1 else 0
+    found = {*range(asked)}
+    for index, message in enumerate(each for part in lists for each in part):
+        said_of = {key: message[key] for key in MASKS if message.get(key) is not None}
+        for key, value in said_of.items():
             if value not in (0, 1):
                 raise UserError(
                     f"{row.where}: message {index + 1} has {key}: {value!r}; it must be true or false (or 1 or 0)"
                 )
-        if len(set(map(bool, said.values()))) > 1:
-            both = " and ".join(f"{key}: {value!r}" for key, value in said.items())
+        if len(set(map(bool, said_of.values()))) > 1:
+            both = " and ".join(f"{key}: {value!r}" for key, value in said_of.items())
             raise UserError(f"{row.where}: message {index + 1} has {both}, which say the opposite; keep one of them")
-        if said and not all(said.values()):
+        if said_of and not all(said_of.values()):
             found.add(index)
     return frozenset(found)
 
 
-def _unread(row: SourceRow, columns: Columns, group: str | None) -> frozenset[str]:
-    column = _list_column(row, columns)
-    used = {column} if column else {*(columns or _recognised(row)).values()}
-    if "instruction" in used and not columns:
+def _unread(row: SourceRow, layout: _Layout, group: str | None) -> frozenset[str]:
+    used = {*layout.lists, *layout.texts.values()}
+    if layout.texts.get("user") == "instruction":
         used.add("input")
     if isinstance(row.values.get("task"), Mapping):
         used.add("task")
-    return unread(row, used | {group or ""}, [column] if column else [], ("role", "content", *_MASKS))
-
-
-def _list_column(row: SourceRow, columns: Columns) -> str:
-    """Return the column that holds all messages; nothing where each speaker has one."""
-    column = columns.get("messages", "messages")
-    return column if (not columns or "messages" in columns) and column in row.values else ""
+    if is_structured(row.values.get("tools")):
+        used.add("tools")
+    return unread(row, used | {group or ""}, layout.lists, is_read)
 
 
 def _recognised(row: SourceRow) -> Columns:
@@ -229,36 +262,6 @@ def _recognised(row: SourceRow) -> Columns:
         f"{row.where}: no known layout in the columns {have or '(none)'}; name them, for example "
         "columns: {user: question, assistant: answer}"
     )
-
-
-def message_list(value: Any, column: str, where: str) -> list[tuple[str, str]]:
-    """Read a cell that holds messages as role and content of each.
-
-    Raises:
-        UserError: it is no list of messages, or a role is unknown, or a content no text or empty.
-    """
-    if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
-        raise UserError(f"{where}: `{column}` must be a list of objects with `role` and `content`")
-    found = []
-    for number, message in enumerate(value, start=1):
-        role = message.get("role")
-        if role not in _ROLES:
-            raise UserError(f"{where}: message {number} has the role `{role}`{did_you_mean(str(role), _ROLES)}")
-        found.append((role, content_of(message.get("content"), f"message {number}", role, where)))
-    return found
-
-
-def content_of(value: Any, place: str, role: str, where: str) -> str:
-    """Return the text of a turn; only a system message may be empty.
-
-    Raises:
-        UserError: it is no text, or empty; `place` says where in the row it stands.
-    """
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {place} must be text, not {type(value).__name__}")
-    if role != "system" and not value.strip():
-        raise UserError(f"{where}: {place}, the {role} turn, is empty")
-    return value
 
 
 def _no_column(name: str, row: SourceRow) -> UserError:

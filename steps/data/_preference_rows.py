@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from steps.artifacts import Draft, Preferences, PreferencesFacts
 from steps.artifacts.manifest import canonical_json
-from steps.data._conversations import content_of, message_list, opening_of, system_of
+from steps.data._conversations import opening_of, system_of
 from steps.data._hashing import different_ids, hexdigest
-from steps.data._unread import unread
+from steps.data._messages import Turn, as_message, content_of, is_read, message_list, with_tools
+from steps.data._unread import is_empty, is_structured, unread
 from steps.frame.errors import UserError, did_you_mean
 from steps.sources.rows import SourceRow
 
@@ -20,8 +21,7 @@ PreferenceColumns = Mapping[Part, str]
 _PARTS: tuple[Part, ...] = ("prompt", "chosen", "rejected", "completion", "label")
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
 
-Turns = tuple[tuple[str, str], ...]
-"""Role and content of each message."""
+Turns = tuple[Turn, ...]
 
 
 @dataclass(frozen=True)
@@ -83,17 +83,21 @@ def preference(row: SourceRow, source: str, columns: PreferenceColumns, system: 
     cells = _cells(row, columns)
     answers = {side: _answer(value, side, row.where) for side, value in _sides(cells, row.where).items()}
     prompt = _prompt(cells.get("prompt"), [begin for begin, _ in answers.values()], row.where)
-    if prompt[-1][0] != "user":
+    if prompt[-1][0] not in ("user", "tool"):
         raise UserError(f"{row.where}: the prompt ends with the {prompt[-1][0]}'s turn; it must end with the user's")
     added = system is not None and prompt[0][0] != "system"
     if system is not None and added:
         prompt = (("system", system), *prompt)
+    if not is_empty(tools := row.values.get("tools")) and is_structured(tools):
+        prompt = tuple(with_tools(prompt, tools, row.where))
     texts = {side: text for side, (_, text) in answers.items()}
     chosen, rejected = texts.get("chosen"), texts.get("rejected")
     if chosen is not None and rejected is not None and chosen.strip() == rejected.strip():
         raise UserError(f"{row.where}: `chosen` and `rejected` are the same answer; a preference needs two")
     used = {columns.get(part, part) for part in cells}
-    unknown = unread(row, used, used, ("role", "content"))
+    if is_structured(row.values.get("tools")):
+        used.add("tools")
+    unknown = unread(row, used, used, is_read)
     return Preference(
         prompt, chosen, rejected, source, row.where, system_added=added, unread=unknown, is_mended=row.is_mended
     )
@@ -137,7 +141,7 @@ def preference_statistics(rows: Iterable[Preference]) -> dict[str, float]:
 def _as_row(row: Preference, own_id: str) -> dict[str, Any]:
     return {
         "id": own_id,
-        "prompt": [{"role": role, "content": content} for role, content in row.prompt],
+        "prompt": [as_message(turn) for turn in row.prompt],
         "chosen": row.chosen,
         "rejected": row.rejected,
         "source": row.source,
@@ -176,9 +180,11 @@ def _answer(value: Any, side: str, where: str) -> tuple[Turns, str]:
     """Return the turns before the answer, none where the cell holds the answer alone, and the answer's text."""
     if isinstance(value, str):
         return (), content_of(value, f"`{side}`", "assistant", where)
-    *before, (role, text) = _turns(value, side, where)
+    *before, (role, text, *calls) = _turns(value, side, where)
     if role != "assistant":
         raise UserError(f"{where}: `{side}` ends with the {role}'s turn; it must end with the assistant's")
+    if calls:
+        raise UserError(f"{where}: `{side}` ends with a tool call, and no method here prefers calls")
     return tuple(before), text
 
 
@@ -199,7 +205,7 @@ def _prompt(value: Any, beginnings: Sequence[Turns], where: str) -> Turns:
     return tuple(_turns(value, "prompt", where))
 
 
-def _turns(value: Any, column: str, where: str) -> list[tuple[str, str]]:
+def _turns(value: Any, column: str, where: str) -> list[Turn]:
     if turns := message_list(value, column, where):
         return turns
     raise UserError(f"{where}: `{column}` is an empty list; it must hold messages with `role` and `content`")

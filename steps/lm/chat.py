@@ -6,7 +6,7 @@ Everything that trains on, calibrates with or measures a conversation must see t
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from steps.frame.errors import UserError
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _WAY_OUT = "give conversations with one assistant turn, or train on the last turn only"
-Message = Mapping[str, str]
-"""`{"role": ..., "content": ...}`."""
+Message = Mapping[str, Any]
+"""`{"role": ..., "content": ...}`; the assistant's may hold `tool_calls`, and the first the `tools` that there are."""
 _MARK = "\u2039what is said\u203a"
 """Stands for an answer where it is asked what the template writes behind one."""
 _added_tokens: "WeakKeyDictionary[PreTrainedTokenizerFast, tuple[int, dict[int, str], frozenset[int]]]" = (
@@ -76,14 +76,38 @@ def render(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message], *,
             f"{tokenizer.name_or_path}: none of the chat templates {names} is named `default`; add the one that is "
             "meant as chat_template.jinja beside the tokenizer"
         )
+    tools = messages[0].get("tools") if messages else None
+    shown = [{key: value for key, value in message.items() if key != "tools"} for message in messages]
     try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=prompt
-        )
+        text = tokenizer.apply_chat_template(shown, tools=tools, tokenize=False, add_generation_prompt=prompt)
+    except (TypeError, ValueError) as error:
+        # A template that knows no calls takes what is there for text, and may fail at that as Python does.
+        if not tools and not any("tool_calls" in message for message in messages):
+            raise
+        raise UserError(f"{tokenizer.name_or_path}: the chat template cannot render tools ({error})") from error
     except jinja2.TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(f"{tokenizer.name_or_path}: the chat template refuses the roles {roles} ({error})") from error
+    _check_tools(tokenizer, messages, tools, str(text))
     return str(text)
+
+
+def _check_tools(
+    tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message], tools: Sequence[Any] | None, text: str
+) -> None:
+    """Refuse a template that leaves out tools, calls or what they gave: the answers rest on them.
+
+    Raises:
+        UserError: naming what is left out.
+    """
+    calls = [call for message in messages for call in message.get("tool_calls") or ()]
+    names = [each.get("function", each).get("name") for each in (*(tools or ()), *calls)]
+    given = [message["content"] for message in messages if message["role"] == "tool"]
+    if lost := next((each for each in (*names, *given) if each and str(each) not in text), None):
+        raise UserError(
+            f"{tokenizer.name_or_path}: the chat template does not render tools: `{str(lost)[:40]}` is not in its "
+            "text; give the model a template that does (`template:`), or leave such rows out"
+        )
 
 
 def without_control_tokens(tokenizer: "PreTrainedTokenizerFast", text: str) -> str:

@@ -14,10 +14,10 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write rows with sorted keys, so that equal rows give equal bytes; return how many."""
+    """Write rows, and return how many; keys stay in their order, in which chat templates show tools and calls."""
     count = 0
     with path.open("w", encoding="utf-8") as stream:
         for row in rows:
-            stream.write(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n")
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
     return count

@@ -14,6 +14,7 @@ from steps.lm.chat import render, token_ids
 from steps.lm.tasks import Task, read_tasks
 from steps.train._adapters import Full, trainable_model, trained_draft
 from steps.train._checkpoints import checkpoints
+from steps.train._rows import check_no_tools
 from steps.train._settings import Training, common_arguments, training_tokenizer
 from steps.train._stopping import HELD_OUT, StopCondition, check_conditions
 from steps.train.rewards import Reward, Scorer, check_tools
@@ -239,6 +240,7 @@ def read_training_tasks(config: RlTraining, job: Job) -> list[Task]:
         UserError: there are fewer than one batch of rollouts asks.
     """
     tasks, asked = read_tasks(config.data), config.tasks_per_rollout(job.resources.world)
+    check_no_tools(job, "data", (task.prompt for task in tasks))
     if len(tasks) < asked:
         raise UserError(
             f"step `{job.name}`: data has {len(tasks)} tasks, one batch of rollouts asks {asked}; "

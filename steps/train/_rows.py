@@ -1,9 +1,11 @@
 """How long a training row may be, and what is said of rows that are longer."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from steps.frame import Job
+from steps.frame import Job, UserError
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,19 @@ def longest_row(model: Path, max_tokens: int) -> Longest:
     if positions is not None and positions < max_tokens:
         return Longest(positions, f"the model's {positions} positions (below max_tokens: {max_tokens})")
     return Longest(max_tokens, f"max_tokens: {max_tokens}")
+
+
+def check_no_tools(job: Job, field: str, prompts: Iterable[Sequence[Mapping[str, Any]]]) -> None:
+    """Refuse prompts with tools where TRL itself writes the prompt, which leaves them out.
+
+    Raises:
+        UserError: one has them.
+    """
+    if any({"tools", "tool_calls"} & set(message) for prompt in prompts for message in prompt):
+        raise UserError(
+            f"step `{job.name}`: rows of `{field}` have tools, and questions are asked without any here; `train.sft` "
+            "learns from such rows"
+        )
 
 
 def note_rows(job: Job, field: str, rows: int, *, left_out: int, cut: int, longest: Longest) -> None:

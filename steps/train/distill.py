@@ -11,7 +11,7 @@ from steps.lm.checkpoint import load_model, load_tokenizer
 from steps.lm.rows import read_jsonl
 from steps.train._adapters import trainable_model, trained_draft
 from steps.train._checkpoints import checkpoints, train
-from steps.train._rows import Longest, note_rows
+from steps.train._rows import Longest, check_no_tools, note_rows
 from steps.train._settings import LIBRARIES, PRELOAD, Training, common_arguments, training_tokenizer
 
 if TYPE_CHECKING:
@@ -143,6 +143,7 @@ def prompts_and_answers(config: TrainDistill, tokenizer: "PreTrainedTokenizerFas
         cut += len(answer) > config.max_new_tokens
         if answer:
             rows.append({"prompt": list(row["messages"][:-1]), "answer": answer[: config.max_new_tokens]})
+    check_no_tools(job, "data", (row["prompt"] for row in rows))
     longest = Longest(config.max_new_tokens, f"max_new_tokens: {config.max_new_tokens}")
     note_rows(job, "data", seen, left_out=seen - len(rows), cut=cut, longest=longest)
     return rows

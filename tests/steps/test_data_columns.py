@@ -52,17 +52,16 @@ def test_a_mask_that_is_none_or_that_disagrees_is_refused(bench: Any, jsonl: Lin
 
 
 @pytest.mark.parametrize(
-    "row",
+    ("row", "said"),
     [
-        {**turns({}), "tools": [{"type": "function"}]},
-        turns({"tool_calls": [{"id": "1"}]}),
-        turns({"function_call": {"name": "look"}}),
+        ({**turns({}), "tools": [{"type": "function"}]}, "`tools` must be a list of objects"),
+        (turns({"tool_calls": [{"id": "1"}]}), "message 2: a tool call must have a `function` with a `name`"),
+        (turns({"function_call": {"arguments": "{}"}}), "message 2: a tool call must have a `function` with a `name`"),
     ],
     ids=["tools", "tool_calls", "function_call"],
 )
-def test_what_is_about_tools_is_never_learned_without_them(bench: Any, jsonl: Lines, row: Row) -> None:
-    said = refusal(bench, jsonl([turns({}), row]), eval_fraction=0)
-    assert "line 2: it has `" in said and "no step renders tools yet" in said
+def test_tools_that_are_none_are_refused(bench: Any, jsonl: Lines, row: Row, said: str) -> None:
+    assert f"line 2: {said}" in refusal(bench, jsonl([turns({}), row]), eval_fraction=0)
 
 
 def test_empty_columns_of_tools_say_nothing(bench: Any, jsonl: Lines) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from steps.frame import UserError
 from steps.lm.chat import conversation, render, whole_text
 from steps.lm.turn_end import turn_end
 from steps.model.pico import train_tokenizer
@@ -22,7 +23,7 @@ _TOKENS = """<s> </s> <|start_header_id|> <|end_header_id|> <|eot_id|> <start_of
 <|User|> <|Assistant|>"""
 """What the templates write beside ChatML's."""
 ENDS = {"llama3": "<|eot_id|>", "gemma": "<end_of_turn>", "phi3": "<|end|>", "gpt-oss": "<|return|>"} | dict.fromkeys(
-    ("chatml", "qwen3", "phi4"), "<|im_end|>"
+    ("chatml", "qwen3", "qwen3-tools", "phi4"), "<|im_end|>"
 )
 """What ends a turn; else `</s>`."""
 TALK = [
@@ -37,6 +38,22 @@ THOUGHT = [
     {"role": "assistant", "content": "<think>\nTwo and two.\n</think>\n\n4"},
     {"role": "user", "content": "3+3?"},
     {"role": "assistant", "content": "<think>\nThree and three.\n</think>\n\n6"},
+]
+
+
+TOOLS = [
+    {
+        "role": "user",
+        "content": "Weather in Rome?",
+        "tools": [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}],
+    },
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Rome"}}}],
+    },
+    {"role": "tool", "content": "18 C"},
+    {"role": "assistant", "content": "It is 18 C."},
 ]
 
 
@@ -70,8 +87,8 @@ def shown(tokenizer: Any, texts: list[tuple[list[int], list[int]]]) -> str:
 
 def all_shown(tokenizer: Any) -> str:
     """Return every talk, with all turns learned."""
-    stops = (turn_end(tokenizer),)
-    talks = {"Two turns": TALK, "Thoughts": THOUGHT}
+    stops = (turn_end(tokenizer) or 0,)
+    talks = {"Two turns": TALK, "Thoughts": THOUGHT} | ({"Tools": TOOLS} if "tools" in tokenizer.name_or_path else {})
     blocks = [
         f"==== {name}\n{shown(tokenizer, labelled(talk, tokenizer, stops, 'all'))}" for name, talk in talks.items()
     ]
@@ -97,6 +114,13 @@ def test_every_turn_goes_on_from_the_invitation_and_ends(tokenizer: Any) -> None
         if talk is THOUGHT:
             assert "Three and three." in said
         assert whole_text(tokenizer, talk) == whole.text
+
+
+def test_a_template_that_knows_no_tools_refuses_them(tokenizer: Any) -> None:
+    if "tools" in tokenizer.name_or_path:
+        return
+    with pytest.raises(UserError, match=r"chat template (does not|cannot) render tools|refuses the roles"):
+        render(tokenizer, TOOLS)
 
 
 def test_preferences_see_the_same_tokens(tokenizer: Any, pico: Any) -> None:
