@@ -33,6 +33,17 @@ class DatasetFacts(Facts):
     """sha256 of the rows from which a step drew or made these (a mix, a filter), and of those behind them."""
 
 
+class DocumentsFacts(Facts):
+    """Facts of texts in `rows.jsonl`."""
+
+    rows: int
+    layout: Literal["text", "completion"]
+    """Whole documents, or texts that go on from a prompt."""
+    statistics: Mapping[str, float] = {}
+    made_of: tuple[str, ...] = ()
+    """As `DatasetFacts.made_of`."""
+
+
 class SamplesFacts(Facts):
     """Facts of sampled answers in `rows.jsonl`."""
 
@@ -232,6 +243,21 @@ class Dataset(Artifact[DatasetFacts]):
         return self.path / "rows.jsonl"
 
 
+class Documents(Artifact[DocumentsFacts]):
+    """Plain texts, one JSON object a line, in `rows.jsonl`: `{id, prompt, text, source}`.
+
+    `text` is what is learned, without a chat template, after `prompt`, which is empty for whole documents.
+    """
+
+    kind = "Documents"
+    Facts = DocumentsFacts
+
+    @property
+    def rows_file(self) -> Path:
+        """The file of rows."""
+        return self.path / "rows.jsonl"
+
+
 class Samples(Artifact[SamplesFacts]):
     """Tasks with sampled answers, in `rows.jsonl`.
 
@@ -325,7 +351,19 @@ class Package(Artifact[PackageFacts]):
 
 
 KINDS: dict[str, type[Artifact[Any]]] = {
-    kind.kind: kind for kind in (Dataset, Samples, Preferences, Model, RewardModel, Adapter, Quantized, Report, Package)
+    kind.kind: kind
+    for kind in (
+        Dataset,
+        Documents,
+        Samples,
+        Preferences,
+        Model,
+        RewardModel,
+        Adapter,
+        Quantized,
+        Report,
+        Package,
+    )
 }
 
 

@@ -5,8 +5,6 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from steps.data._conversations import Conversation
-
 _PERMUTATIONS = 128
 _SEED = 42
 _SHINGLE = 3
@@ -28,7 +26,16 @@ class Row(Protocol):
         ...
 
 
+class Worded(Row, Protocol):
+    """What can be compared by its words."""
+
+    def words_of(self, *, assistant: bool) -> Words:
+        """Return the words of what is learned, or of what stands before it, lower case."""
+        ...
+
+
 R = TypeVar("R", bound=Row)
+W = TypeVar("W", bound=Worded)
 
 
 @dataclass(frozen=True)
@@ -50,9 +57,7 @@ def without_exact(rows: Iterable[R]) -> tuple[list[R], list[Dropped[R]]]:
     return list(kept.values()), dropped
 
 
-def without_near(
-    rows: Sequence[Conversation], threshold: float
-) -> tuple[list[Conversation], list[Dropped[Conversation]]]:
+def without_near(rows: Sequence[W], threshold: float) -> tuple[list[W], list[Dropped[W]]]:
     """Keep the first of rows that ask alike and are answered alike, in words; letters' case does not count.
 
     Two rows are alike where all three are: what is said to the assistant, that without the words it begins or ends

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from steps.data._conversations import Conversation
+from steps.data._documents import Document
 from steps.data._preference_rows import Preference
 from steps.frame import Job
 
@@ -29,7 +30,7 @@ def note_left_out(job: Job, rows: int, left_out: Mapping[str, Sequence[str]]) ->
     job.note(f"{sum(map(len, reasons.values()))} of {rows} rows were left out: {told}")
 
 
-def note_as_read(job: Job, rows: Sequence[Conversation | Preference]) -> None:
+def note_as_read(job: Job, rows: Sequence[Conversation | Document | Preference]) -> None:
     """Note what was read otherwise than it is written: halves of characters, and columns and keys that nobody reads."""
     mended = [row.where for row in rows if row.is_mended]
     if mended:

@@ -1,20 +1,23 @@
 """`data.prepare`: from raw rows to sets to train, to choose and to test by, in one form, without duplicates."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from steps.artifacts import Dataset, DatasetFacts, Draft, Model
-from steps.data._conversations import Columns, Conversation, conversation
+from steps.artifacts import Artifact, Dataset, DatasetFacts, Documents, Draft, Model
+from steps.data._conversations import Conversation, conversation
+from steps.data._documents import Document, document, documents_draft
 from steps.data._duplicates import Dropped, without_exact, without_near
 from steps.data._hashing import different_ids, uniform
 from steps.data._left_out import note_as_read, note_left_out
 from steps.data._settings import ReadRows
 from steps.data._sides import check_sides, given_sides, sides_by_id
+from steps.data._spelled import Spelled
 from steps.frame import Follows, Input, Job, Resources, UserError, step
+from steps.lm.chat import NO_TEMPLATE
 from steps.sources import read_rows
 
 if TYPE_CHECKING:
@@ -36,22 +39,44 @@ class PrepareData(ReadRows):
     """Column that says which rows belong together, a document or an author: they are on the same side, too."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Longest row in tokens of the chat template; longer ones are dropped and counted."""
-    columns: Columns = {}
-    """Columns of another layout: `{user: q, assistant: a}` or `{messages: turns}`."""
+    format: Literal["messages", "text", "completion"] = "messages"
+    """What the rows are: conversations; documents of plain `text`, to go on pretraining with; or a `prompt` with its
+    `completion`. The last two need no chat template, and give Documents."""
+    columns: Mapping[Literal["messages", "system", "user", "assistant", "text", "prompt", "completion"], str] = {}
+    """Columns of another layout: `{user: q, assistant: a}` or `{messages: turns}`; `{text: body}`, or
+    `{prompt: q, completion: a}`."""
+
+    control_tokens: Literal["refuse", "escape", "keep"] = "refuse"
+    """What to do with texts that spell a token by which the `model` begins or ends turns (`<|im_end|>`): name the row
+    and stop, put an invisible space into it, or let it be read as the token. Nothing behind a stop is learned."""
+
+    @model_validator(mode="after")
+    def _columns_fit(self) -> "PrepareData":
+        known = {"messages": ("messages", "system", "user", "assistant"), "text": ("text",)}
+        fit = known.get(self.format, ("prompt", "completion"))
+        if other := next((name for name in self.columns if name not in fit), None):
+            raise ValueError(f"columns: format: {self.format} has no `{other}`; it has {', '.join(fit)}")
+        if self.format != "messages" and (self.system is not None or self.question != "user"):
+            raise ValueError(f"format: {self.format} has no system message; leave out `system` and `question`")
+        return self
+
+    def produced(self) -> type[Artifact]:
+        """Documents, where the rows are no conversations."""
+        return Dataset if self.format == "messages" else Documents
 
 
 @dataclass(frozen=True)
 class Measured:
     """A conversation and its length."""
 
-    row: Conversation
+    row: Conversation | Document
     length: int
     """Tokens in the chat template, or words where there is no tokenizer."""
 
 
 @step(
     "data.prepare",
-    produces={"train": Dataset, "eval": Dataset, "test": Dataset},
+    produces=dict.fromkeys(("train", "eval", "test"), (Dataset, Documents)),
     reference="https://arxiv.org/abs/2107.06499",
     libraries=("rensa", "transformers", "tokenizers", "pyarrow"),
     preload=("transformers", "rensa", "matplotlib.figure"),
@@ -61,7 +86,8 @@ def prepare_data(config: PrepareData, job: Job) -> dict[str, Draft]:
     """Read, deduplicate, measure, limit, split, write."""
     tokenizer = _tokenizer(config)
     # Of duplicates the first stays: one that has a task can be verified too.
-    rows = sorted(_conversations(config, job), key=lambda row: row.task is None)
+    spelled = Spelled(config.model, tokenizer, config.control_tokens)
+    rows = sorted(map(spelled.checked, _rows(config, job)), key=lambda row: row.task is None)
     unique, exact = without_exact(rows) if config.exact_dedup else (rows, [])
     distinct, near = (unique, []) if config.near_dedup is None else without_near(unique, config.near_dedup)
     kept, too_long = _measured(distinct, config, tokenizer)
@@ -82,12 +108,13 @@ def prepare_data(config: PrepareData, job: Job) -> dict[str, Draft]:
         f"longer than max_tokens: {config.max_tokens}": [one.row.where for one in too_long],
     }
     note_as_read(job, rows)
+    spelled.note(job)
     note_left_out(job, len(rows), left_out)
     unit = "words" if tokenizer is None else "tokens"
     sizes = {name: len(part) for name, part in sides.items()}
     job.log_metrics({**counts, **sizes, **percentiles(kept, unit)})
     job.log_figure(f"{unit}_per_row", _histogram(sides, unit))
-    return {name: _write(job, name, part, counts, unit, config.model) for name, part in sides.items()}
+    return {name: _write(config, job, name, part, counts, unit) for name, part in sides.items()}
 
 
 def percentiles(rows: Sequence[Measured], unit: str) -> dict[str, float]:
@@ -106,7 +133,7 @@ def percentiles(rows: Sequence[Measured], unit: str) -> dict[str, float]:
     return {f"{unit}_{name}": float(value) for name, value in values.items()}
 
 
-def _like(dropped: Dropped[Conversation]) -> str:
+def _like(dropped: Dropped[Conversation | Document]) -> str:
     return f"{dropped.row.where} (like {dropped.like.where})"
 
 
@@ -122,22 +149,23 @@ def _tokenizer(config: PrepareData) -> "PreTrainedTokenizerFast | None":
         if config.max_tokens is not None:
             raise UserError("data.prepare: `max_tokens` needs a `model`, whose tokens are counted")
         return None
-    if config.model.facts.template_sha256 is None:
-        origin = config.model.facts.origin or config.model
-        raise UserError(
-            f"data.prepare: the model {origin} has no chat template, so conversations cannot be written in it"
-        )
+    if config.format == "messages" and config.model.facts.template_sha256 is None:
+        raise UserError(f"data.prepare: {config.model.facts.origin or config.model}: {NO_TEMPLATE}")
     return load_tokenizer(config.model.path)
 
 
-def _conversations(config: PrepareData, job: Job) -> Iterator[Conversation]:
+def _rows(config: PrepareData, job: Job) -> Iterator[Conversation | Document]:
+    columns: Any = config.columns
     for source in config.sources:
         for row in read_rows(source, job.cache, Path.cwd()):
-            yield conversation(row, source, config.columns, config.system, config.group)
+            if config.format == "messages":
+                yield conversation(row, source, columns, config.system, config.group)
+            else:
+                yield document(row, source, config.format, columns, config.group)
 
 
 def _measured(
-    rows: Sequence[Conversation], config: PrepareData, tokenizer: "PreTrainedTokenizerFast | None"
+    rows: Sequence[Conversation | Document], config: PrepareData, tokenizer: "PreTrainedTokenizerFast | None"
 ) -> tuple[list[Measured], list[Measured]]:
     """Measure rows and drop the too long, in an order given by their hashes, until the limit is reached.
 
@@ -158,7 +186,9 @@ def _measured(
     return sorted(kept, key=lambda one: one.row.id), too_long
 
 
-def _lengths(rows: Sequence[Conversation], tokenizer: "PreTrainedTokenizerFast | None") -> Iterator[Measured]:
+def _lengths(
+    rows: Sequence[Conversation | Document], tokenizer: "PreTrainedTokenizerFast | None"
+) -> Iterator[Measured]:
     """Measure rows in their order, a batch at a time and only as far as they are asked for."""
     if tokenizer is None:
         yield from (Measured(row, row.words) for row in rows)
@@ -169,9 +199,11 @@ def _lengths(rows: Sequence[Conversation], tokenizer: "PreTrainedTokenizerFast |
         yield from (Measured(row, len(one)) for row, one in zip(batch, ids, strict=True))  # pyright: ignore[reportArgumentType]
 
 
-def _templated(row: Conversation, tokenizer: "PreTrainedTokenizerFast") -> str:
+def _templated(row: Conversation | Document, tokenizer: "PreTrainedTokenizerFast") -> str:
     from steps.lm.chat import whole_text
 
+    if isinstance(row, Document):
+        return row.prompt + row.text
     try:
         return whole_text(tokenizer, row.as_messages())
     except UserError as error:
@@ -194,18 +226,22 @@ def _check_sides(config: PrepareData, sides: dict[str, list[Measured]], counts: 
 
 
 def _write(
-    job: Job, name: str, rows: Sequence[Measured], counts: dict[str, int], unit: str, model: Model | None
+    config: PrepareData, job: Job, name: str, rows: Sequence[Measured], counts: dict[str, int], unit: str
 ) -> Draft:
     from steps.lm.rows import write_jsonl
 
+    statistics = {**{key: float(count) for key, count in counts.items()}, **percentiles(rows, unit)}
+    if config.format != "messages":
+        plain = [one.row for one in rows if isinstance(one.row, Document)]
+        return documents_draft(job, name, plain, config.format, statistics)
     out = job.output(name)
     ids = different_ids((one.row.id,) for one in rows)
     write_jsonl(out / "rows.jsonl", (one.row.as_row() | {"id": own} for one, own in zip(rows, ids, strict=True)))
     facts = DatasetFacts(
         rows=len(rows),
         format="messages",
-        template_sha256=model.facts.template_sha256 if model else None,
-        statistics={**{key: float(count) for key, count in counts.items()}, **percentiles(rows, unit)},
+        template_sha256=config.model.facts.template_sha256 if config.model else None,
+        statistics=statistics,
     )
     return Dataset.draft(out, facts)
 

@@ -93,7 +93,7 @@ def measure(contender: Contender, plan: Plan, *, is_reference: bool, report: Rep
             kl.append(float(found[1].mean()))
             choices.append(found[2])
     prompts = [sample.prompt_ids for sample in plan.samples[: plan.generate_rows]]
-    generation = runtime.generate(prompts, plan.new_tokens)
+    generation = runtime.generate(prompts, plan.new_tokens) if prompts else Generation([], None)
     report(1.0)
     return Measured(nll, None if is_reference else kl, choices, generation, runtime.more_stops)
 
@@ -155,4 +155,4 @@ def _check_tokens(name: str, runtime: Runtime, plan: Plan) -> None:
 
 
 def _longest_prompt(plan: Plan) -> int:
-    return max(sample.start for sample in plan.samples[: plan.generate_rows])
+    return max((sample.start for sample in plan.samples[: plan.generate_rows]), default=0)

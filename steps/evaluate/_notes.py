@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
-from steps.artifacts import Adapter, Dataset, Model, Quantized
+from steps.artifacts import Adapter, Dataset, Documents, Model, Quantized
 
 
-def chosen_on(candidates: Mapping[str, Model | Adapter | Quantized], data: Dataset) -> list[str]:
+def chosen_on(candidates: Mapping[str, Model | Adapter | Quantized], data: Dataset | Documents) -> list[str]:
     """Say which candidates were chosen by the rows on which they are measured, or by rows from which these were made.
 
     The best of twenty looks at 64 tasks reads .62 where the truth is .50: such a figure ranks, it is not to be quoted.

@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from steps.artifacts import Dataset
+from steps.artifacts import Dataset, Documents
 from steps.frame import UserError
 from steps.lm.chat import conversation
+from steps.lm.plain_text import PlainTexts
 from steps.lm.rows import read_jsonl
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Sample:
 
 
 def choose_samples(
-    data: Dataset,
+    data: Dataset | Documents,
     tokenizer: "PreTrainedTokenizerFast",
     stop_token_ids: Sequence[int],
     *,
@@ -54,15 +55,18 @@ def choose_samples(
     Answers are cut at `max_tokens`, prompt included; a row whose prompt alone is that long is passed over.
 
     Raises:
-        UserError: the rows are no conversations, or none fits.
+        UserError: none fits.
     """
-    if data.facts.format != "messages":
-        raise UserError(f"evaluate.compare reads rows of messages, `data` holds `{data.facts.format}`")
+    plain = PlainTexts(tokenizer, stop_token_ids, max_tokens)
     candidates = sorted(read_jsonl(data.rows_file), key=lambda row: hashlib.sha256(row["id"].encode()).digest())
     samples: list[Sample] = []
     for row in candidates:
         if len(samples) == rows:
             break
+        if isinstance(data, Documents):
+            sample = _plain_sample(row, plain, max_tokens)
+            samples += [sample] if sample.start < sample.end else []
+            continue
         talk = conversation(tokenizer, row["messages"], stop_token_ids, only_last=True)
         start = talk.prompt_length
         end = max((index + 1 for index, own in enumerate(talk.assistant) if own), default=0)
@@ -75,3 +79,11 @@ def choose_samples(
             f"evaluate.compare: no row of `data` has a prompt under {max_tokens} tokens; raise `max_tokens`"
         )
     return samples
+
+
+def _plain_sample(row: Mapping[str, str], plain: PlainTexts, max_tokens: int) -> Sample:
+    ids, start = plain.tokens(row["prompt"], row["text"])
+    # Nothing tells a model what a text begins with.
+    start, end = max(1, start), min(len(ids), max_tokens)
+    prompt = [{"role": "user", "content": row["prompt"]}] if row["prompt"] else []
+    return Sample(row["id"], prompt, row["text"], plain.begins + row["prompt"] + row["text"], ids, start, end)

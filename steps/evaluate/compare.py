@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from steps.artifacts import Dataset, Draft, Model, Quantized, Report, ReportFacts
+from steps.artifacts import Dataset, Documents, Draft, Model, Quantized, Report, ReportFacts
 from steps.frame import Input, Job, Metric, NamesOf, Resources, StepConfig, UserError, step
 from steps.frame.hardware import fast_dtype
+from steps.lm.chat import NO_TEMPLATE
 from steps.lm.checkpoint import Dtype, load_tokenizer
 from steps.lm.rows import write_jsonl
 
@@ -29,8 +30,8 @@ class Compare(StepConfig):
     reference: Input[Model]
     """The model that the others should equal; it is measured too."""
     candidates: list[Input[Model | Quantized]] = Field(min_length=1)
-    data: Input[Dataset]
-    """Held-out conversations."""
+    data: Input[Dataset | Documents]
+    """Held-out conversations, or plain texts; of documents only the perplexity is measured, nothing is answered."""
     reference_name: str | None = NamesOf("reference")
     names: tuple[str, ...] | None = NamesOf("candidates")
     """Names of the candidates in the report, in their order."""
@@ -153,8 +154,10 @@ def _check_templates(config: Compare, contenders: "Sequence[Contender]") -> None
         UserError: naming both ends.
     """
     own, reference = config.reference.facts.template_sha256, contenders[0].name
+    if isinstance(config.data, Documents):
+        return
     if own is None:
-        raise UserError(f"evaluate.compare: `{reference}` has no chat template; give an instruct model as `reference`")
+        raise UserError(f"evaluate.compare: `{reference}`: {NO_TEMPLATE}")
     ends = {f"candidate `{each.name}`": each.artifact.facts.template_sha256 for each in contenders[1:]}
     ends[f"`data` (from {config.data.manifest.step})"] = config.data.facts.template_sha256
     for end, found in ends.items():
@@ -165,6 +168,11 @@ def _check_templates(config: Compare, contenders: "Sequence[Contender]") -> None
             )
 
 
+def _is_whole(data: Dataset | Documents) -> bool:
+    """Whether the rows are documents, which answer nothing."""
+    return isinstance(data, Documents) and data.facts.layout == "text"
+
+
 def _plan(config: Compare, job: Job, samples: "list[Sample]", vocabulary: int) -> "Plan":
     from steps.evaluate._measure import Plan
 
@@ -173,7 +181,7 @@ def _plan(config: Compare, job: Job, samples: "list[Sample]", vocabulary: int) -
     return Plan(
         samples=samples,
         vocabulary=vocabulary,
-        generate_rows=min(config.generate_rows, len(samples)),
+        generate_rows=0 if _is_whole(config.data) else min(config.generate_rows, len(samples)),
         new_tokens=config.new_tokens,
         dtype=config.dtype,
         threads=job.cpus,

@@ -4,7 +4,7 @@ Everything that trains on, calibrates with or measures a conversation must see t
 """
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -15,6 +15,7 @@ from steps.lm.tasks import THINK_CLOSE, THINK_OPEN
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+NO_TEMPLATE = "it has no chat template; give it one, for example `base: {uri: ..., template: chatml}`"
 _WAY_OUT = "give conversations with one assistant turn, or train on the last turn only"
 Message = Mapping[str, Any]
 """`{"role": ..., "content": ...}`; the assistant's may hold `tool_calls`, and the first the `tools` that there are."""
@@ -67,14 +68,12 @@ def render(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message], *,
     import jinja2
 
     if not tokenizer.chat_template:
-        raise UserError(
-            f"{tokenizer.name_or_path}: the tokenizer has no chat template; add chat_template.jinja beside it"
-        )
+        raise UserError(f"{tokenizer.name_or_path}: {NO_TEMPLATE}")
     if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
         names = ", ".join(f"`{name}`" for name in sorted(tokenizer.chat_template))
         raise UserError(
-            f"{tokenizer.name_or_path}: none of the chat templates {names} is named `default`; add the one that is "
-            "meant as chat_template.jinja beside the tokenizer"
+            f"{tokenizer.name_or_path}: none of the chat templates {names} is named `default`; name the one that is "
+            "meant, for example `base: {uri: ..., template: tool_use}`"
         )
     tools = messages[0].get("tools") if messages else None
     shown = [{key: value for key, value in message.items() if key != "tools"} for message in messages]
@@ -110,13 +109,18 @@ def _check_tools(
         )
 
 
-def without_control_tokens(tokenizer: "PreTrainedTokenizerFast", text: str) -> str:
+def without_control_tokens(tokenizer: "PreTrainedTokenizerFast", text: str, tokens: Iterable[str] | None = None) -> str:
     """Return a text in which no control token is read as one: an invisible space stands behind its first letter.
 
     A model can write the letters of `<|im_end|>` without the token. Whoever reads its answer back through a chat
     template, a reward model or a judge, would take what stands behind for another's turn.
+
+    Args:
+        tokenizer: whose control tokens are meant.
+        text: what was said.
+        tokens: texts of those that count; all when None.
     """
-    for token in sorted(control_tokens(tokenizer).values(), key=len, reverse=True):
+    for token in sorted(control_tokens(tokenizer).values() if tokens is None else tokens, key=len, reverse=True):
         if token in text:
             text = text.replace(token, f"{token[0]}\u200b{token[1:]}")
     return text

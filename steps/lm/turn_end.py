@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steps.artifacts import write_atomic
+from steps.lm.chat import control_tokens
 from steps.lm.checkpoint import chat_template, load_tokenizer, stop_token_ids
 
 if TYPE_CHECKING:
@@ -55,6 +56,15 @@ def turn_end(tokenizer: "PreTrainedTokenizerFast", stops: Sequence[int] = ()) ->
         both = _without_opening(tokenizer, both)
     special = [token for token in both if tokenizer.added_tokens_decoder[token].special]
     return (special or both)[-1]
+
+
+def turn_tokens(tokenizer: "PreTrainedTokenizerFast", stops: Sequence[int] = ()) -> frozenset[str]:
+    """Return the texts of the special tokens by which turns begin and end: what a template writes, and every stop."""
+    text = _rendered(tokenizer, _TURNS) if tokenizer.chat_template else ""
+    special = control_tokens(tokenizer)
+    end: Any = tokenizer.eos_token_id
+    written = {*_added_tokens(tokenizer, text, 0, len(text)), *stops, *([] if text else [end])}
+    return frozenset(special[token] for token in written if token in special)
 
 
 def stop_at_turn_end(directory: Path) -> int | None:

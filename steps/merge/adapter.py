@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from steps.artifacts import Adapter, Dataset, Draft, Model
+from steps.artifacts import Adapter, Dataset, Documents, Draft, Model
 from steps.frame import Follows, Input, Job, Resources, StepConfig, UserError, step
 from steps.frame.errors import ProofFailed
 from steps.lm.chat import conversation
 from steps.lm.checkpoint import Dtype, load_model, load_tokenizer, model_facts, save_model
 from steps.lm.four_bit import load_four_bit
+from steps.lm.plain_text import PlainTexts
 from steps.lm.rows import read_jsonl
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class MergeAdapter(StepConfig):
     adapter: Input[Adapter]
     base: Input[Model] = Follows("adapter.model")
     """The model that the adapter was trained on; found by itself."""
-    data: Input[Dataset] | None = None
+    data: Input[Dataset | Documents] | None = None
     """Held-out rows for the proof; a few built-in prompts when unset."""
     dtype: Dtype = "bfloat16"
     """Precision in which the result is stored; the delta is added in float32."""
@@ -177,9 +178,14 @@ def _judge(config: MergeAdapter, name: str, parity: Parity) -> None:
 def _token_rows(config: MergeAdapter, tokenizer: "PreTrainedTokenizerFast") -> list[list[int]]:
     if config.data is None:
         return [tokenizer(text)["input_ids"][: config.prompt_tokens] for text in _PROBES]  # pyright: ignore[reportReturnType]
+    plain = PlainTexts(tokenizer, config.base.facts.stop_token_ids, config.prompt_tokens)
     rows = []
     for row in read_jsonl(Path(config.data.rows_file)):
-        rows.append(conversation(tokenizer, row["messages"], only_last=True).ids[: config.prompt_tokens])
+        if isinstance(config.data, Documents):
+            ids, _ = plain.tokens(row["prompt"], row["text"])
+        else:
+            ids = conversation(tokenizer, row["messages"], only_last=True).ids
+        rows.append(ids[: config.prompt_tokens])
         if len(rows) == config.prompts:
             break
     return rows

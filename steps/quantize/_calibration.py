@@ -2,31 +2,31 @@
 
 from typing import TYPE_CHECKING
 
-from steps.artifacts import Dataset
+from steps.artifacts import Dataset, Documents
 from steps.frame.errors import UserError
-from steps.lm.chat import render, token_ids
+from steps.lm.chat import token_ids, whole_text
+from steps.lm.plain_text import PlainTexts
 from steps.lm.rows import read_jsonl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-def calibration_texts(data: Dataset, tokenizer: "PreTrainedTokenizerFast", rows: int) -> list[str]:
-    """Render at most `rows` rows, evenly spread over the data set, in the chat template.
+def calibration_texts(data: Dataset | Documents, tokenizer: "PreTrainedTokenizerFast", rows: int) -> list[str]:
+    """Return at most `rows` rows, evenly spread over the data set: conversations in the chat template, texts as such.
 
     Raises:
-        UserError: the data set holds no conversations.
+        UserError: there are no rows.
     """
-    if data.facts.format != "messages" or data.facts.rows == 0:
-        raise UserError(
-            f"calibration: {data.facts.rows} rows of format {data.facts.format}; "
-            "quantization calibrates on conversations, give the output of a data.prepare step"
-        )
+    if data.facts.rows == 0:
+        raise UserError("calibration: there are no rows in it; give the output of a data.prepare step")
     count = min(rows, data.facts.rows)
     chosen = {index * data.facts.rows // count for index in range(count)}
-    return [
-        render(tokenizer, row["messages"]) for index, row in enumerate(read_jsonl(data.rows_file)) if index in chosen
-    ]
+    taken = [row for index, row in enumerate(read_jsonl(data.rows_file)) if index in chosen]
+    if isinstance(data, Documents):
+        begins = PlainTexts(tokenizer, (), 1).begins
+        return [begins + row["prompt"] + row["text"] for row in taken]
+    return [whole_text(tokenizer, row["messages"]) for row in taken]
 
 
 def calibration_ids(texts: list[str], tokenizer: "PreTrainedTokenizerFast", tokens: int) -> list[list[int]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from steps.artifacts import Dataset, Draft, Model, Quantized, QuantizedFacts
+from steps.artifacts import Dataset, Documents, Draft, Model, Quantized, QuantizedFacts
 from steps.frame import Input, Job, Resources, StepConfig, UserError, step
 from steps.frame.errors import ProofFailed
 from steps.lm.checkpoint import chat_template, load_model, load_tokenizer
@@ -46,7 +46,7 @@ class QuantizeGguf(StepConfig):
     """Convert a model to one GGUF file for llama.cpp, weighing its rounding by the run's own rows."""
 
     model: Input[Model]
-    calibration: Input[Dataset] | None = None
+    calibration: Input[Dataset | Documents] | None = None
     """Conversations for the importance matrix; without them every weight counts the same."""
     scheme: Scheme = "Q4_K_M"
     calibration_rows: int = Field(default=64, ge=1)

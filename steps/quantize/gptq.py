@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from steps.artifacts import Dataset, Draft, Model, Quantized, QuantizedFacts
+from steps.artifacts import Dataset, Documents, Draft, Model, Quantized, QuantizedFacts
 from steps.frame import Input, Job, Resources, StepConfig, UserError, step
 from steps.frame.errors import ProofFailed
 from steps.lm.checkpoint import (
@@ -35,7 +35,7 @@ class QuantizeGptq(StepConfig):
     """Quantize a model's matrices to 4 or 8 bits by GPTQ, calibrated on the run's own conversations."""
 
     model: Input[Model]
-    calibration: Input[Dataset]
+    calibration: Input[Dataset | Documents]
     bits: Literal[4, 8] = 4
     group_size: GroupSize = 128
     """Input channels that share a scale; -1 gives each output channel one scale. Must divide every matrix's width."""

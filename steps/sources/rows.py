@@ -1,4 +1,4 @@
-"""Rows out of data files: JSONL, Parquet and CSV, each row with the place it came from."""
+"""Rows out of data files: JSONL, Parquet, CSV and plain text, each row with the place it came from."""
 
 import csv
 import json
@@ -112,10 +112,20 @@ def _json_name(value: object) -> str:
     return names.get(type(value), "number")
 
 
+def _read_text(path: Path, label: str) -> Iterator[SourceRow]:
+    """Yield a whole file as one document."""
+    try:
+        yield SourceRow({"text": path.read_text(encoding="utf-8-sig")}, label)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{label}: not UTF-8 ({error})") from None
+
+
 _READERS: dict[str, Callable[[Path, str], Iterator[SourceRow]]] = {
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
     ".csv": _read_csv,
+    ".txt": _read_text,
+    ".md": _read_text,
 }
 
 ENDINGS = tuple(_READERS)

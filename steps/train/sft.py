@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from steps.artifacts import Adapter, Dataset, Draft, Model
+from steps.artifacts import Adapter, Dataset, Documents, Draft, Model
 from steps.frame import Chooses, Input, Job, Resources, UserError, step
 from steps.lm.chat import TurnChanges, conversation
+from steps.lm.plain_text import PlainTexts
 from steps.lm.rows import read_jsonl
 from steps.train._adapters import trainable_model, trained_draft
 from steps.train._checkpoints import checkpoints, train
@@ -31,21 +32,24 @@ class EarlyStopping(BaseModel):
 
 
 class TrainSft(Training):
-    """Fine-tune a model on conversations; gives an Adapter, or a Model where every weight is trained."""
+    """Fine-tune a model on conversations, or go on pretraining it on documents; gives an Adapter or a whole Model."""
 
-    data: Input[Dataset]
-    eval: Annotated[Input[Dataset] | None, Chooses()] = None
+    data: Input[Dataset | Documents]
+    """Conversations, or plain texts: of documents every token is learned, of completions what goes on from the prompt.
+    """
+    eval: Annotated[Input[Dataset | Documents] | None, Chooses()] = None
     """Held-out rows. With them the weights with the lowest loss on them are given out, else the last."""
     eval_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps between evaluations; each writes a checkpoint. As `checkpoint_steps` when unset."""
     early_stopping: EarlyStopping | None = None
     """`{patience: 3, min_delta: 0.01}`; unset, training runs to its end."""
     max_tokens: int = Field(default=1024, ge=8)
-    """Longer rows are cut at the end, also those longer than the model has positions for."""
+    """Longer rows are cut at the end, also those longer than the model has positions for; documents go on in others."""
     train_on: Literal["all", "last"] = "all"
     """Which of the assistant's turns are learned; a message with `learn: false` never is."""
     packing: bool = False
-    """Put several rows into one sequence of `max_tokens`, none seeing another; `batch_size` then counts sequences."""
+    """Put several rows into one sequence of `max_tokens`, none seeing another; `batch_size` then counts sequences.
+    Documents are always packed."""
     neftune_alpha: float | None = Field(default=None, gt=0)
     """Noise on the embeddings while training (https://arxiv.org/abs/2310.05914); 5 is usual."""
 
@@ -86,7 +90,7 @@ def train_sft(config: TrainSft, job: Job) -> Draft:
 
 
 def tokenised(
-    config: TrainSft, data: Dataset, tokenizer: "PreTrainedTokenizerFast", job: Job, prefix: str = ""
+    config: TrainSft, data: Dataset | Documents, tokenizer: "PreTrainedTokenizerFast", job: Job, prefix: str = ""
 ) -> "Table":
     """Return `input_ids` and `labels` (-100 where nothing is learned) for every row; log how many there are.
 
@@ -98,10 +102,14 @@ def tokenised(
     rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     field, longest = "eval" if prefix else "data", longest_row(config.model.path, config.max_tokens)
     seen = cut = apart = without = 0
+    plain = PlainTexts(tokenizer, config.model.facts.stop_token_ids, longest.tokens)
     for row in read_jsonl(data.rows_file):
-        found = labelled(row["messages"], tokenizer, config.model.facts.stop_token_ids, config.train_on)
+        if isinstance(data, Documents):
+            found = plain.learned(row, whole=data.facts.layout == "text")
+        else:
+            found = labelled(row["messages"], tokenizer, config.model.facts.stop_token_ids, config.train_on)
         seen += 1
-        apart += len(found) > 1
+        apart += len(found) > 1 and isinstance(data, Dataset)
         cut += any(len(ids) > longest.tokens for ids, _ in found)
         kept = [(ids[: longest.tokens], labels[: longest.tokens]) for ids, labels in found]
         learned = [(ids, labels) for ids, labels in kept if any(label != -100 for label in labels)]
@@ -129,6 +137,11 @@ def tokenised(
     }
     job.log_metrics({prefix + name: count for name, count in counts.items()})
     return Table.from_dict(rows)
+
+
+def is_packed(config: TrainSft) -> bool:
+    """Whether several rows share a sequence."""
+    return config.packing or (isinstance(config.data, Documents) and config.data.facts.layout == "text")
 
 
 def labelled(
@@ -185,10 +198,10 @@ def _trainer(
     tokens = job.last_metrics["tokens"]
     # TRL counts a batch of packed sequences as one; `tokens` has an epoch's true number.
     callbacks: list[Any] = [
-        ReportToJob(job, omit=("num_tokens",) if config.packing else ()),
-        Speed(job, cost_of(model, tokens / len(rows)), tokens if config.packing else 0),
+        ReportToJob(job, omit=("num_tokens",) if is_packed(config) else ()),
+        Speed(job, cost_of(model, tokens / len(rows)), tokens if is_packed(config) else 0),
     ]
-    if config.packing:
+    if is_packed(config):
         from steps.train._packing import PackedCollator, check_isolation, packed
         from steps.train._row_attention import attend_by_rows
 
@@ -219,7 +232,7 @@ def _arguments(config: TrainSft, job: Job) -> dict[str, Any]:
         # Our rows are cut and labelled already.
         "dataset_kwargs": {"skip_prepare_dataset": True},
         # Rows of like length share a batch: on short rows padding is most of the cost otherwise.
-        "train_sampling_strategy": "random" if config.packing else "group_by_length",
+        "train_sampling_strategy": "random" if is_packed(config) else "group_by_length",
         "neftune_noise_alpha": config.neftune_alpha,
     }
     if config.eval:
