@@ -150,7 +150,7 @@ class StepRun:
             output = artifact.manifest.output
             if artifact.kind in MODEL_KINDS and entry and output in entry.models:
                 models.add(entry.models[output])
-            elif artifact.kind in ("Dataset", "Samples", "Preferences"):
+            elif artifact.kind in ("Dataset", "Documents", "Samples", "Preferences"):
                 name = f"{entry.step}.{output}".rstrip(".") if entry else artifact.manifest.step
                 where = {"digest": digest}
                 if entry:
