@@ -20,9 +20,15 @@ class Spelled:
 
     def __init__(self, model: Model | None, tokenizer: "PreTrainedTokenizerFast | None", way: Way) -> None:
         """Take the tokens of a model; without one there are none to look for."""
+        from steps.lm.chat import control_tokens
         from steps.lm.turn_end import turn_tokens
 
-        self._tokens = turn_tokens(tokenizer, model.facts.stop_token_ids) if model and tokenizer else frozenset()
+        turns = turn_tokens(tokenizer, model.facts.stop_token_ids) if model and tokenizer else frozenset[str]()
+        special = control_tokens(tokenizer) if tokenizer else {}
+        rows = model.facts.vocabulary if model else 0
+        self._rowless = {text for number, text in special.items() if number >= rows}
+        """Tokens that the model has no embedding for."""
+        self._tokens = turns | self._rowless
         self._tokenizer = tokenizer
         self._way = way
         self._places: list[str] = []
@@ -36,10 +42,11 @@ class Spelled:
         found = next((token for text in _texts(row) for token in self._tokens if token in text), None)
         if found is None:
             return row
-        if self._way == "refuse":
+        if self._way == "refuse" or (self._way == "keep" and found in self._rowless):
+            why = "that the model has no embedding for" if found in self._rowless else "by which turns begin or end"
             raise UserError(
-                f"{row.where}: it spells the control token {found}, at which the model would take the turn to begin or "
-                "end; set control_tokens: escape (an invisible space is put into it) or keep"
+                f"{row.where}: it spells the control token {found}, {why}; set control_tokens: escape (an invisible "
+                f"space is put into it){'' if found in self._rowless else ' or keep'}"
             )
         self._places.append(row.where)
         if self._way == "keep":

@@ -15,7 +15,7 @@ from steps.artifacts import Dataset, Documents, Draft, Model, Quantized, Report,
 from steps.frame import Input, Job, Metric, NamesOf, Resources, StepConfig, UserError, step
 from steps.frame.hardware import fast_dtype
 from steps.lm.chat import NO_TEMPLATE
-from steps.lm.checkpoint import Dtype, load_tokenizer
+from steps.lm.checkpoint import Dtype, load_tokenizer, positions_within
 from steps.lm.rows import write_jsonl
 
 if TYPE_CHECKING:
@@ -83,7 +83,8 @@ def compare(config: Compare, job: Job) -> Draft:
     _check_templates(config, contenders)
     tokenizer = load_tokenizer(config.reference.path)
     stops = config.reference.facts.stop_token_ids
-    samples = choose_samples(config.data, tokenizer, stops, rows=config.rows, max_tokens=config.max_tokens)
+    most = positions_within(config.reference.path, config.max_tokens)
+    samples = choose_samples(config.data, tokenizer, stops, rows=config.rows, max_tokens=most)
     plan = _plan(config, job, samples, min(len(tokenizer), config.reference.facts.vocabulary))
     try:
         measured = [_measure(contenders, index, plan, job) for index in range(len(contenders))]

@@ -28,7 +28,7 @@ def model_facts(directory: Path, *, origin: str | None = None, licence: str | No
     """
     check_safetensors(directory)
     config = _read_json(directory / "config.json")
-    text_config = config.get("text_config", config)
+    text_config = text_settings(directory)
     tensors = dict(safetensors_headers(directory))
     counts: dict[str, int] = {}
     for header in tensors.values():
@@ -41,15 +41,37 @@ def model_facts(directory: Path, *, origin: str | None = None, licence: str | No
         architecture=(config.get("architectures") or ["unknown"])[0],
         parameters=sum(counts.values()),
         dtype=_DTYPES.get(commonest, commonest.lower()),
-        hidden_size=text_config["hidden_size"],
-        vocabulary=text_config["vocab_size"],
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        hidden_size=text_config.hidden_size,
+        vocabulary=text_config.vocab_size,
+        tied_embeddings=bool(getattr(text_config, "tie_word_embeddings", False)),
         tokenizer_sha256=digest_file(tokenizer).sha256,
         template_sha256=template_sha256(directory),
-        stop_token_ids=stop_token_ids(directory),
+        # One beyond the vocabulary is another model's: no answer ever ends in it.
+        stop_token_ids=tuple(stop for stop in stop_token_ids(directory) if stop < text_config.vocab_size),
         licence=licence,
         origin=origin,
     )
+
+
+def text_settings(directory: Path) -> Any:
+    """Return the settings of a checkpoint's language model under the library's own names (GPT-2's `n_embd` is another).
+
+    Raises:
+        UserError: the architecture is not known here, or its settings are none.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False).get_text_config()
+    # Settings are checked by each architecture in its own way.
+    except Exception as error:
+        told = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"{directory}: transformers does not know what config.json describes ({told[:300]})") from error
+
+
+def positions_within(directory: Path, most: int) -> int:
+    """Return how many tokens a model takes at once, at most `most`; learned positions (GPT-2) end where they end."""
+    return min(most, getattr(text_settings(directory), "max_position_embeddings", None) or most)
 
 
 def check_safetensors(directory: Path) -> None:

@@ -1,11 +1,12 @@
 """Rows of a checkpoint's embeddings: how many there are, and new ones that start as the mean of all."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+
+from steps.lm.checkpoint import text_settings
 
 if TYPE_CHECKING:
     import torch
@@ -19,8 +20,7 @@ _UNTRAINED = 1e-3
 
 def embedding_rows(directory: Path) -> int:
     """Return how many tokens a checkpoint has an embedding for, as its config says."""
-    config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    return int(config.get("text_config", config)["vocab_size"])
+    return int(text_settings(directory).vocab_size)
 
 
 def mean_rows(directory: Path, tokens: Sequence[int], new: Sequence[int], size: int) -> set[int]:

@@ -11,8 +11,9 @@ from steps.lm.checkpoint import Dtype, load_tokenizer, model_facts, stop_token_i
 from steps.lm.turn_end import stop_at_turn_end
 from steps.model._gguf import dequantize
 from steps.model._template import give_template, template_text
+from steps.model._whole import check_whole
 from steps.sources import chat_templates, fetch_model
-from steps.sources.checkpoint import checkpoint_in
+from steps.sources.checkpoint import ADAPTER_FILES, checkpoint_in
 
 
 class ModelSource(StepConfig):
@@ -63,7 +64,8 @@ def model_source(config: ModelSource, job: Job) -> Draft:
             stated = dequantize(found, out, config.dtype)
             licence = licence or stated
         else:
-            _take_checkpoint(found, out, downloaded=found.is_relative_to(job.cache))
+            _take_checkpoint(found, out, job)
+            check_whole(out, config.uri, job.note)
     new_tokens = _with_template(config.template, out, job) if config.template else ()
     facts = model_facts(out, origin=config.uri, licence=licence)
     before = set(facts.stop_token_ids)
@@ -71,7 +73,10 @@ def model_source(config: ModelSource, job: Job) -> Draft:
         job.note(
             f"the chat template ends a turn with {_shown(out, end)}, at which this model did not stop; now it does"
         )
-    settled = {"stop_token_ids": stop_token_ids(out), "chosen_on": chosen_on, "new_tokens": new_tokens}
+    stops = tuple(stop for stop in stop_token_ids(out) if stop < facts.vocabulary)
+    if beyond := {*stop_token_ids(out)} - {*stops}:
+        job.note(f"its settings name stop tokens beyond its vocabulary, which never come: {sorted(beyond)}")
+    settled = {"stop_token_ids": stops, "chosen_on": chosen_on, "new_tokens": new_tokens}
     return Model.draft(out, facts.model_copy(update=settled))
 
 
@@ -87,8 +92,11 @@ def _shown(directory: Path, token: int) -> str:
     return f"{load_tokenizer(directory).convert_ids_to_tokens(token)} ({token})"
 
 
-def _take_checkpoint(folder: Path, out: Path, *, downloaded: bool) -> None:
+def _take_checkpoint(folder: Path, out: Path, job: Job) -> None:
     """Link what was downloaded; copy a user's own files, which may change under the artifact."""
+    downloaded = folder.is_relative_to(job.cache)
+    if strays := [name for name in ADAPTER_FILES if (folder / name).exists()]:
+        job.note(f"{' and '.join(strays)} beside the model: an adapter, which is left out")
     for path in checkpoint_in(folder):
         if downloaded:
             link_or_copy(path, out / path.name)

@@ -115,7 +115,11 @@ def main() -> None:
     except NotImplementedError:
         sys.exit(_UNKNOWN_ARCHITECTURE)
     with torch.inference_mode():
-        model_class(request.model, gguf.LlamaFileType[request.file_type], request.out).write()
+        conversion_of = model_class(request.model, gguf.LlamaFileType[request.file_type], request.out)
+        if "n_positions" in conversion_of.hparams:
+            # GPT-2's own old name, which transformers no longer writes.
+            conversion_of.hparams.setdefault("n_ctx", conversion_of.hparams["n_positions"])
+        conversion_of.write()
     request.tensors.write_text(json.dumps(tensors, sort_keys=True))
 
 

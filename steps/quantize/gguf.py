@@ -12,7 +12,7 @@ from pydantic import Field
 from steps.artifacts import Dataset, Documents, Draft, Model, Quantized, QuantizedFacts
 from steps.frame import Input, Job, Resources, StepConfig, UserError, step
 from steps.frame.errors import ProofFailed
-from steps.lm.checkpoint import chat_template, load_model, load_tokenizer
+from steps.lm.checkpoint import chat_template, load_model, load_tokenizer, positions_within
 from steps.lm.turn_end import turn_end
 from steps.quantize._calibration import calibration_ids, calibration_texts
 from steps.quantize._convert import convert, converter_directory
@@ -102,7 +102,7 @@ def quantize_gguf(config: QuantizeGguf, job: Job) -> Draft:
     importance = {}
     if texts and config.scheme not in _UNWEIGHTED:
         with _timed(job, "importance"):
-            rows = calibration_ids(texts, tokenizer, config.calibration_tokens)
+            rows = calibration_ids(texts, tokenizer, positions_within(model.path, config.calibration_tokens))
             source: Any = load_model(model.path, "bfloat16")
             source.to(granted_device(job.resources))
             importance = importance_matrix(
@@ -177,7 +177,7 @@ def check_same_model(
 
     dtype = "float32" if model.facts.dtype == "float32" else "bfloat16"
     net: Any = load_model(model.path, dtype).to(device).eval()  # pyright: ignore[reportArgumentType]
-    most = min(_PROVEN_TOKENS, getattr(net.config.get_text_config(), "max_position_embeddings", _PROVEN_TOKENS))
+    most = positions_within(model.path, _PROVEN_TOKENS)
     found = []
     for text in texts:
         ids = token_ids(tokenizer, text)[:most]
@@ -222,7 +222,8 @@ def verify_gguf(
     from steps.lm.chat import token_ids
     from steps.lm.llama_cpp import GgufModel
 
-    with GgufModel(path, context=512, threads=threads) as gguf:
+    most = positions_within(model.path, 512)
+    with GgufModel(path, context=most, threads=threads) as gguf:
         if gguf.template != chat_template(model.path):
             raise ProofFailed(f"{path.name}: the chat template is not the checkpoint's")
         if missing := sorted(set(model.facts.stop_token_ids) - gguf.stop_token_ids - {*left_out}):
@@ -233,7 +234,7 @@ def verify_gguf(
             if ours != theirs:
                 raise ProofFailed(f"{path.name}: {_difference(tokenizer, ours, theirs)}; set `pre_tokenizer:`")
         for text in texts[:4]:
-            if not np.isfinite(gguf.logits(gguf.tokenize(text)[:512])).all():
+            if not np.isfinite(gguf.logits(gguf.tokenize(text)[:most])).all():
                 raise ProofFailed(f"{path.name}: the logits are not finite; is the scheme too coarse for this model?")
         return gguf.bits_per_weight
 

@@ -16,6 +16,7 @@ from steps.lm.checkpoint import (
     chat_template,
     load_model,
     load_tokenizer,
+    positions_within,
     safetensors_headers,
     stop_token_ids,
 )
@@ -75,7 +76,7 @@ def quantize_gptq(config: QuantizeGptq, job: Job) -> Draft:
     check_group_size(model.path, config.group_size)
     tokenizer = load_tokenizer(model.path)
     texts = calibration_texts(config.calibration, tokenizer, config.calibration_rows)
-    rows = calibration_ids(texts, tokenizer, config.calibration_tokens)
+    rows = calibration_ids(texts, tokenizer, positions_within(model.path, config.calibration_tokens))
     out = job.output()
     began = time.perf_counter()
     _quantize(config, rows, out, job)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from steps.frame.errors import UserError
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+"""What PEFT writes; beside a model transformers would put it on when it opens that."""
 _TEXTS = (".json", ".jinja")
 _TOKENIZERS = {"merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -21,6 +23,12 @@ def checkpoint_files(names: Iterable[str], label: str) -> list[str]:
         UserError: there are no safetensors, or no `config.json`.
     """
     top = sorted(name for name in names if "/" not in name)
+    if "config.json" not in top and ADAPTER_FILES[0] in top:
+        raise UserError(
+            f"{label}: this is an adapter ({ADAPTER_FILES[0]}), not a model; name the model that it was trained on, or "
+            "a merge of both"
+        )
+    top = [name for name in top if name not in ADAPTER_FILES]
     weights = [name for name in top if name.endswith(".safetensors")]
     if not weights:
         pickles = [name for name in top if name.endswith(_PICKLES)]
