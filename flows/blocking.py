@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flows.base_check import misfit
 from flows.graph import Graph
 from flows.runtimes import fault, gpu_fault, needed, unproven
 from registry.family import load, member_at
@@ -40,6 +41,8 @@ def blocked(graph: Graph, step: "PlannedStep", recorder: Recorder, root: Path) -
             except UserError as error:
                 where = graph.loaded.file.where(step.node.place)
                 return replace(step, status="blocked", reason=f"{where}: {error}")
+    if why := misfit(graph, step.node, recorder.home.cache, root):
+        return replace(step, status="blocked", reason=why)
     environment = step.node.kind.environment
     if environment and not environment_python(environment).exists():
         return replace(

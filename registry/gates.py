@@ -146,6 +146,7 @@ STATISTICS = {
     # No distance to the reference: the champion was made from another one, and is far from tonight's however good.
     "accuracy": Statistic("score", higher_is_better=True),
     "answer_score": Statistic("score", higher_is_better=True),
+    "stopped": Statistic("stopped", higher_is_better=True),
     "nll": Statistic("nll", higher_is_better=False, weight="tokens"),
     "perplexity": Statistic("nll", higher_is_better=False, weight="tokens", exponential=True),
 }

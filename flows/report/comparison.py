@@ -53,6 +53,7 @@ METRICS = (
     Metric("majority", "Majority vote", 1, units.percent, units.signed, False),
     Metric("truncated", "Cut off", -1, units.percent, units.signed, False),
     Metric("answer_score", "Answer score", 1, units.fixed, units.signed, False, "score"),
+    Metric("stopped", "Ends by itself", 1, units.percent, units.signed, False, "stopped"),
     Metric(
         "perplexity",
         "Perplexity",

@@ -60,6 +60,11 @@ class PrepareData(ReadRows):
             raise ValueError(f"format: {self.format} has no system message; leave out `system` and `question`")
         return self
 
+    @property
+    def renders(self) -> bool:
+        """Conversations are measured in the chat template."""
+        return self.format == "messages"
+
     def produced(self) -> type[Artifact]:
         """Documents, where the rows are no conversations."""
         return Dataset if self.format == "messages" else Documents

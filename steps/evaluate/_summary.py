@@ -42,8 +42,12 @@ def judge(
     samples: Sequence[Sample],
     tokenizer: "PreTrainedTokenizerFast",
     score: Score,
+    new_tokens: int,
 ) -> Judged:
-    """Turn figures into rows and metrics; `reference` is where top-1 agreement is measured against."""
+    """Turn figures into rows and metrics; `reference` is where top-1 agreement is measured against.
+
+    An answer of fewer than `new_tokens` tokens ended by itself.
+    """
     rows = [
         {
             "sample": sample.id,
@@ -52,6 +56,7 @@ def judge(
             "reference_answer": sample.expected,
             "answer": None,
             "score": None,
+            "stopped": None,
             "nll": _round(measured.nll[index]),
             "tokens": sample.end - sample.start,
             "kl": None if measured.kl is None else _round(measured.kl[index]),
@@ -61,7 +66,11 @@ def judge(
     ]
     for row, sample, ids in zip(rows, samples, measured.generation.answers, strict=False):
         answer = text_of(tokenizer, ids).strip()
-        row |= {"answer": answer, "score": _round(_SCORES[score](sample.expected, answer))}
+        row |= {
+            "answer": answer,
+            "score": _round(_SCORES[score](sample.expected, answer)),
+            "stopped": int(len(ids) < new_tokens),
+        }
     return Judged(contender, rows, _metrics(contender, rows), _intervals(rows))
 
 
@@ -84,8 +93,9 @@ def table(content: Mapping[str, Any]) -> str:
     """Return `summary.json`'s figures as a Markdown table, the reference first."""
     kind = {"rouge_l": "ROUGE-L", "exact": "exact match"}[content["score"]]
     lines = [
-        f"| model | perplexity | KL to {content['reference']}, nats | top-1 agreement | {kind} | weights, MB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        f"| model | perplexity | KL to {content['reference']}, nats | top-1 agreement | {kind} | ends by itself "
+        "| weights, MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, metrics in content["candidates"].items():
         low, high = content["intervals"][name]["perplexity"]
@@ -95,6 +105,7 @@ def table(content: Mapping[str, Any]) -> str:
             f"{metrics['kl']:.4f}" if "kl" in metrics else "",
             f"{metrics['top1_agreement']:.1%}" if "top1_agreement" in metrics else "",
             _answer_cell(metrics, content["intervals"][name]),
+            f"{metrics['stopped']:.0%}" if "stopped" in metrics else "",
             f"{metrics['size_bytes'] / 1e6:.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -120,6 +131,7 @@ def _metrics(contender: Contender, rows: Sequence[Mapping[str, Any]]) -> dict[st
         found["top1_agreement"] = float(np.average([row["top1"] for row in rows], weights=tokens))
     if scores := _scores(rows):
         found["answer_score"] = float(np.mean(scores))
+        found["stopped"] = float(np.mean([row["stopped"] for row in rows if row["stopped"] is not None]))
     found = {name: _round(value) for name, value in found.items()}
     return found | {"size_bytes": contender.size_bytes, "parameters": contender.artifact.facts.parameters}
 

@@ -58,6 +58,7 @@ class Compare(StepConfig):
             Metric("perplexity", paired=True),
             Metric("nll", paired=True, summed_up=False),
             Metric("answer_score", paired=True),
+            Metric("stopped", paired=True),
             Metric("kl", distance=True),
             Metric("top1_agreement", distance=True),
             Metric("size_bytes"),
@@ -75,7 +76,7 @@ class Compare(StepConfig):
 )
 def compare(config: Compare, job: Job) -> Draft:
     """Measure one model after the other, the reference first; write rows, summary and table."""
-    from steps.evaluate._notes import chosen_on, more_stops
+    from steps.evaluate._notes import chosen_on, endless, more_stops
     from steps.evaluate._samples import choose_samples
     from steps.evaluate._summary import judge, summary, table
 
@@ -91,12 +92,13 @@ def compare(config: Compare, job: Job) -> Draft:
     finally:
         plan.log_probabilities.unlink(missing_ok=True)
     judged = [
-        judge(contender, found, measured[0], samples, tokenizer, config.score)
+        judge(contender, found, measured[0], samples, tokenizer, config.score, config.new_tokens)
         for contender, found in zip(contenders, measured, strict=True)
     ]
     content = summary(contenders[0].name, judged, config.score)
     content["notes"] = [
         *chosen_on({each.name: each.artifact for each in contenders}, config.data),
+        *endless({each.contender.name: each.rows for each in judged}, config.new_tokens),
         *more_stops({each.name: found.more_stops for each, found in zip(contenders, measured, strict=True)}),
     ]
     for note in content["notes"]:

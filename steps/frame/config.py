@@ -4,6 +4,7 @@ import math
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
@@ -237,6 +238,21 @@ class StepConfig(BaseModel):
         takes it, after all the training that comes before.
         """
         return {}
+
+    @property
+    def renders(self) -> bool:
+        """Whether it writes conversations by its model's chat template though it takes no rows of another step."""
+        return False
+
+    def check_models(self, found: Mapping[str, Path]) -> None:
+        """Check the settings against models that lie on this machine, before anything runs.
+
+        Args:
+            found: directory of the checkpoint by input field; only of those that come from outside and are here.
+
+        Raises:
+            ValueError: the settings do not fit one of them; the sentence says what would.
+        """
 
     def check_resources(self, resources: Resources) -> None:
         """Check that what the step is granted can run these settings; steps that processes can share say so here.

@@ -6,6 +6,7 @@ Everything that trains on, calibrates with or measures a conversation must see t
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -59,6 +60,12 @@ class TurnChanges(UserError):
     """The template shows an earlier turn otherwise than when it was the last: each can only be learned as that."""
 
 
+def _named(tokenizer: "PreTrainedTokenizerFast") -> str:
+    """Return what error messages call the model: its path, or the beginning of its digest where it is an artifact."""
+    name = Path(tokenizer.name_or_path).name
+    return f"model {name[:12]}" if len(name) == 64 and name.isalnum() else tokenizer.name_or_path
+
+
 def render(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message], *, prompt: bool = False) -> str:
     """Return the text of a conversation in the chat template; with `prompt` it ends where the assistant begins.
 
@@ -68,11 +75,11 @@ def render(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message], *,
     import jinja2
 
     if not tokenizer.chat_template:
-        raise UserError(f"{tokenizer.name_or_path}: {NO_TEMPLATE}")
+        raise UserError(f"{_named(tokenizer)}: {NO_TEMPLATE}")
     if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
         names = ", ".join(f"`{name}`" for name in sorted(tokenizer.chat_template))
         raise UserError(
-            f"{tokenizer.name_or_path}: none of the chat templates {names} is named `default`; name the one that is "
+            f"{_named(tokenizer)}: none of the chat templates {names} is named `default`; name the one that is "
             "meant, for example `base: {uri: ..., template: tool_use}`"
         )
     tools = messages[0].get("tools") if messages else None
@@ -83,10 +90,10 @@ def render(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message], *,
         # A template that knows no calls takes what is there for text, and may fail at that as Python does.
         if not tools and not any("tool_calls" in message for message in messages):
             raise
-        raise UserError(f"{tokenizer.name_or_path}: the chat template cannot render tools ({error})") from error
+        raise UserError(f"{_named(tokenizer)}: the chat template cannot render tools ({error})") from error
     except jinja2.TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise UserError(f"{tokenizer.name_or_path}: the chat template refuses the roles {roles} ({error})") from error
+        raise UserError(f"{_named(tokenizer)}: the chat template refuses the roles {roles} ({error})") from error
     _check_tools(tokenizer, messages, tools, str(text))
     return str(text)
 
@@ -104,7 +111,7 @@ def _check_tools(
     given = [message["content"] for message in messages if message["role"] == "tool"]
     if lost := next((each for each in (*names, *given) if each and str(each) not in text), None):
         raise UserError(
-            f"{tokenizer.name_or_path}: the chat template does not render tools: `{str(lost)[:40]}` is not in its "
+            f"{_named(tokenizer)}: the chat template does not render tools: `{str(lost)[:40]}` is not in its "
             "text; give the model a template that does (`template:`), or leave such rows out"
         )
 
@@ -181,7 +188,7 @@ def conversation(
     for turn in found.turns[:-1]:
         if stops and stops.isdisjoint(found.ids[turn.start : turn.stop]):
             raise TurnChanges(
-                f"{tokenizer.name_or_path}: the chat template ends the assistant's last turn otherwise than earlier "
+                f"{_named(tokenizer)}: the chat template ends the assistant's last turn otherwise than earlier "
                 f"ones, which have no stop token; {_WAY_OUT}"
             )
     return found
@@ -258,7 +265,7 @@ def _turns(
         # The last turn's text is what matters to most callers; an earlier one may lose its reasoning to the template.
         if not (text.startswith(before) and text.startswith(through)):
             raise TurnChanges(
-                f"{tokenizer.name_or_path}: the chat template changes the assistant's turn {index + 1} when it is part "
+                f"{_named(tokenizer)}: the chat template changes the assistant's turn {index + 1} when it is part "
                 f"of a longer conversation; {_WAY_OUT}"
             )
         spans.append((len(before), len(through)))

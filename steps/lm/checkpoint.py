@@ -69,6 +69,12 @@ def text_settings(directory: Path) -> Any:
         raise UserError(f"{directory}: transformers does not know what config.json describes ({told[:300]})") from error
 
 
+def is_tied(directory: Path) -> bool:
+    """Whether `config.json` says that a model's output layer is its embedding; what it leaves out counts as no."""
+    config = _read_json(directory / "config.json")
+    return bool(config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings")))
+
+
 def positions_within(directory: Path, most: int) -> int:
     """Return how many tokens a model takes at once, at most `most`; learned positions (GPT-2) end where they end."""
     return min(most, getattr(text_settings(directory), "max_position_embeddings", None) or most)

@@ -6,16 +6,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from steps.lm.checkpoint import text_settings
+from steps.lm.checkpoint import safetensors_headers, text_settings
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedModel
 
-_UNTRAINED = 1e-3
+_SHORT = 1e-3
 """A row shorter than this share of the usual length was never trained: Llama 3's base models have such ones
 (https://github.com/unslothai/unsloth/issues/1066 and others)."""
+_ALIKE, _OTHERS = 0.9, 3
+"""Cosine from which two rows are alike, and rows alike (itself among them) beyond which one was never trained. In
+Gemma 3 270M and SmolLM2 words have at most one such other, unused tokens dozens or thousands."""
 
 
 def embedding_rows(directory: Path) -> int:
@@ -23,41 +26,76 @@ def embedding_rows(directory: Path) -> int:
     return int(text_settings(directory).vocab_size)
 
 
-def mean_rows(directory: Path, tokens: Sequence[int], new: Sequence[int], size: int) -> set[int]:
-    """Make rows that were never trained the mean of the others, in both embeddings; return their tokens.
+def untrained(directory: Path, tokens: Sequence[int]) -> set[int]:
+    """Return those of some tokens whose row of the embedding was never trained.
 
-    Weights are written anew, and only where a row changes.
+    It is nearly nothing, or nearly the same as that of several others: Gemma 3's base models have had no turn in their
+    pretraining, and `<start_of_turn>`, `<end_of_turn>` and `<unused86>` are one to them. What is alike the model cannot
+    tell apart, nor say one and not the other, whatever else of it is trained.
 
     Args:
         directory: the checkpoint.
-        tokens: control tokens, whose rows are looked at.
-        new: those of them that are certainly untrained.
+        tokens: their ids; those without a row are passed over.
+    """
+    import torch
+
+    weight = _embedding(directory)
+    wanted = [token for token in tokens if weight is not None and token < len(weight)]
+    if weight is None or not wanted:
+        return set()
+    unit = torch.nn.functional.normalize(weight[wanted].float(), dim=1)
+    # In parts: a large vocabulary in single precision takes gigabytes.
+    alike = torch.zeros(len(wanted), dtype=torch.long)
+    for part in weight.split(16384):
+        alike += (unit @ torch.nn.functional.normalize(part.float(), dim=1).T > _ALIKE).sum(dim=1)
+    # Each is like itself.
+    same = {token for token, count in zip(wanted, alike.tolist(), strict=True) if count > _OTHERS}
+    return same | _short(weight, wanted)
+
+
+def _embedding(directory: Path) -> "torch.Tensor | None":
+    """Return the input embedding as it is stored; None where no one tensor is it."""
+    from safetensors import safe_open
+
+    settings = text_settings(directory)
+    shape = [settings.vocab_size, settings.hidden_size]
+    names = [name for name, header in safetensors_headers(directory) if header["shape"] == shape]
+    # An output layer of its own has the same shape.
+    names = [name for name in names if "head" not in name and "out" not in name]
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stream:
+            if len(names) == 1 and names[0] in stream.keys():  # noqa: SIM118 - it is no mapping
+                return stream.get_tensor(names[0])
+    return None
+
+
+def mean_rows(directory: Path, new: Sequence[int], size: int) -> None:
+    """Make rows the mean of all others, in both embeddings; the weights are written anew.
+
+    Args:
+        directory: the checkpoint.
+        new: tokens whose rows mean nothing yet.
         size: rows that are needed; there may be more.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    if not tokens:
-        return set()
+    rows = embedding_rows(directory)
+    if not new and size <= rows:
+        return
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         directory, dtype="auto", use_safetensors=True, trust_remote_code=False
     )
-    rows = embedding_rows(directory)
     if size > rows:
         model.resize_token_embeddings(size, mean_resizing=False)
     layers: list[nn.Module] = [model.get_input_embeddings()]
     output: Any = model.get_output_embeddings()
     if output is not None and output.weight is not layers[0].weight:
         layers.append(output)
-    untrained: set[int] = set(new)
     with torch.no_grad():
         for layer in layers:
-            untrained |= _short(_weight(layer)[:rows], [token for token in tokens if token < rows])
-        for layer in layers:
-            _set_mean(layer, rows, untrained, size)
-    if untrained or size > rows:
-        _save_weights(model, directory)
-    return untrained
+            _set_mean(layer, rows, {*new}, size)
+    _save_weights(model, directory)
 
 
 def _weight(layer: "nn.Module") -> "torch.Tensor":
@@ -68,7 +106,7 @@ def _weight(layer: "nn.Module") -> "torch.Tensor":
 def _short(weight: "torch.Tensor", tokens: Sequence[int]) -> set[int]:
     lengths = weight.float().norm(dim=1)
     usual = lengths.median()
-    return {token for token in tokens if lengths[token] < _UNTRAINED * usual}
+    return {token for token in tokens if lengths[token] < _SHORT * usual}
 
 
 def _set_mean(layer: "nn.Module", rows: int, untrained: set[int], size: int) -> None:

@@ -68,8 +68,8 @@ def template_text(uri: str, directory: Path, cache: Path, registered: Path | Non
         raise UserError(f"template: {uri} is no text in UTF-8; a chat template is a .jinja file") from None
 
 
-def give_template(directory: Path, text: str, note: Callable[[str], None], *, built_in: bool) -> tuple[int, ...]:
-    """Give a checkpoint a template, in the place of its own; return the ids of control tokens that it never learned.
+def give_template(directory: Path, text: str, note: Callable[[str], None], *, built_in: bool) -> set[int]:
+    """Give a checkpoint a template, in the place of its own; return the ids of control tokens that are new to it.
 
     Files are replaced, never written through: they may be links into a store.
 
@@ -108,11 +108,10 @@ def give_template(directory: Path, text: str, note: Callable[[str], None], *, bu
     _save_tokenizer(tokenizer, directory)
     if turn_end(tokenizer) is None:
         raise UserError("template: no token ends the assistant's turn in it, so no model would learn to stop")
-    ids = _ids(tokenizer, tokens)
-    fresh_ids = _ids(tokenizer, fresh)
-    untrained = mean_rows(directory, ids, fresh_ids, len(tokenizer))
+    new = {*_ids(tokenizer, fresh)}
+    mean_rows(directory, sorted(new), len(tokenizer))
     _say(note, taken, [token for token in fresh if token not in taken], len(tokenizer) - rows)
-    return tuple(sorted(untrained))
+    return new
 
 
 def _declared(text: str) -> tuple[str, list[str] | None]:

@@ -2,13 +2,15 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from pydantic import field_validator
 
 from steps.artifacts import Draft, Manifest, Model, ModelFacts, link_or_copy
 from steps.frame import Job, Resources, Source, StepConfig, UserError, step
 from steps.lm.checkpoint import Dtype, load_tokenizer, model_facts, stop_token_ids
-from steps.lm.turn_end import stop_at_turn_end
+from steps.lm.turn_end import stop_at_turn_end, turn_tokens
+from steps.model._embeddings import untrained
 from steps.model._gguf import dequantize
 from steps.model._template import give_template, template_text
 from steps.model._whole import check_whole
@@ -66,21 +68,37 @@ def model_source(config: ModelSource, job: Job) -> Draft:
         else:
             _take_checkpoint(found, out, job)
             check_whole(out, config.uri, job.note)
-    new_tokens = _with_template(config.template, out, job) if config.template else ()
+    new_tokens = _with_template(config.template, out, job) if config.template else set[int]()
     facts = model_facts(out, origin=config.uri, licence=licence)
     before = set(facts.stop_token_ids)
     if (end := stop_at_turn_end(out)) is not None and end not in before:
         job.note(
             f"the chat template ends a turn with {_shown(out, end)}, at which this model did not stop; now it does"
         )
+        # One that stops there by itself has learned to: in SmolLM2's instruct models both tokens are like unused ones.
+        new_tokens |= _untrained(out, new_tokens, job)
     stops = tuple(stop for stop in stop_token_ids(out) if stop < facts.vocabulary)
     if beyond := {*stop_token_ids(out)} - {*stops}:
         job.note(f"its settings name stop tokens beyond its vocabulary, which never come: {sorted(beyond)}")
-    settled = {"stop_token_ids": stops, "chosen_on": chosen_on, "new_tokens": new_tokens}
+    settled = {"stop_token_ids": stops, "chosen_on": chosen_on, "new_tokens": tuple(sorted(new_tokens))}
     return Model.draft(out, facts.model_copy(update=settled))
 
 
-def _with_template(uri: str, out: Path, job: Job) -> tuple[int, ...]:
+def _untrained(out: Path, known: set[int], job: Job) -> set[int]:
+    """Return the control tokens by which turns begin and end that the model never learned, beside those known."""
+    tokenizer = load_tokenizer(out)
+    if not tokenizer.chat_template:
+        return set()
+    names = sorted(turn_tokens(tokenizer))
+    ids: Any = tokenizer.convert_tokens_to_ids(names)
+    found = untrained(out, ids) - known
+    if found:
+        texts = ", ".join(str(tokenizer.convert_ids_to_tokens(token)) for token in sorted(found))
+        job.note(f"{texts}: in the vocabulary, but never trained; trainings learn their embeddings, adapters too")
+    return found
+
+
+def _with_template(uri: str, out: Path, job: Job) -> set[int]:
     """Give the checkpoint the template that the recipe names; return its control tokens that are to be learned."""
     registered = job.resolved[uri].path if uri in job.resolved else None
     text = template_text(uri, out, job.cache, registered)

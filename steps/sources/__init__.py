@@ -77,6 +77,13 @@ def fetch_model(uri: str, cache: Path, root: Path) -> Path:
     return _scheme(uri, root).fetch_model(uri, cache, root)
 
 
+def model_at_hand(uri: str, cache: Path, root: Path) -> Path | None:
+    """Return the checkpoint's directory, or the GGUF file, where it is on this machine already; nothing is fetched."""
+    scheme = None if uri in _BUILT_IN or uri.startswith("registry://") else _scheme(uri, root)
+    found = getattr(scheme, "model_at_hand", None)
+    return found(uri, cache, root) if found else None
+
+
 def fetch_template(uri: str, cache: Path, root: Path) -> Path:
     """Return the file of a chat template, or a directory with the tokenizer's files of a model that has one.
 

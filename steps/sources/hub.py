@@ -104,6 +104,16 @@ def fetch_model(uri: str, cache: Path, root: Path) -> Path:
     return files[0] if len(files) == 1 else folder
 
 
+def model_at_hand(uri: str, cache: Path, root: Path) -> Path | None:
+    """Return the checkpoint's directory, where the commit is in the cache."""
+    repository = parse(uri)
+    place = repository.place(cache)
+    if not (repository.pinned and place.is_dir()):
+        return None
+    files = sorted(place.rglob("*.gguf"))
+    return files[0] if len(files) == 1 else place
+
+
 def fetch_template(uri: str, cache: Path, root: Path) -> Path:
     """Return a directory with the files of a model that hold its chat template, or the one that the URI names."""
     repository = parse(uri)

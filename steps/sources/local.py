@@ -38,6 +38,14 @@ def fetch_model(uri: str, cache: Path, root: Path) -> Path:
     return found[0]
 
 
+def model_at_hand(uri: str, cache: Path, root: Path) -> Path | None:
+    """Return the one checkpoint directory or file, where there is one."""
+    try:
+        return fetch_model(uri, cache, root)
+    except UserError:
+        return None
+
+
 def fetch_template(uri: str, cache: Path, root: Path) -> Path:
     """Return the one file, or model's directory, where it is."""
     found = _find(uri, root)

@@ -72,6 +72,12 @@ def fetch_model(uri: str, cache: Path, root: Path) -> Path:
     return _fetch(parse(uri), cache)
 
 
+def model_at_hand(uri: str, cache: Path, root: Path) -> Path | None:
+    """Return the file, where it is in the cache."""
+    folder = parse(uri).place(cache)
+    return next(iter(sorted(folder.glob("*.gguf"))), None) if folder.is_dir() else None
+
+
 def fetch_data(uri: str, cache: Path, root: Path) -> list[Path]:
     """Return the one data file, downloaded unless it is in the cache."""
     return [_fetch(parse(uri), cache)]

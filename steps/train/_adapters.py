@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from steps.train._settings import Training
 
 
+_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "lm_head", "embed_out")
+"""Usual names of the embeddings."""
+
+
 class _Method(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -47,6 +51,16 @@ class _AdapterMethod(_Method, ABC):
     def four_bit(self) -> FourBit | None:
         """How the base is held in 4 bits; None where it is not."""
         return None
+
+    def check_tied(self) -> None:
+        """Check that the targets are no embedding, for a model whose output layer is its embedding.
+
+        Raises:
+            ValueError: one is.
+        """
+        names = [] if isinstance(self.targets, str) else self.targets
+        if embedding := next((name for name in names if name.rpartition(".")[2] in _EMBEDDINGS), None):
+            raise ValueError(_tied(embedding))
 
     @abstractmethod
     def peft_config(self) -> "PeftConfig":
@@ -299,6 +313,13 @@ def _adapted(base: Model, method: _AdapterMethod, dtype: Dtype) -> "PeftModel":
     return model  # pyright: ignore[reportReturnType]
 
 
+def _tied(target: str) -> str:
+    return (
+        f"adapter.targets: {target} is the output layer, too (tied embeddings), where an adapter on it would not count "
+        "and could not be merged; leave it out, or take `adapter: {kind: full}`"
+    )
+
+
 def _check_fit(model: "PeftModel", method: _AdapterMethod) -> None:
     from peft.tuners.lora import LoraLayer
     from peft.tuners.oft import OFTLayer
@@ -309,6 +330,9 @@ def _check_fit(model: "PeftModel", method: _AdapterMethod) -> None:
             "adapter.targets: the output layer cannot have an adapter, because trainers use its weights directly; "
             "leave it out"
         )
+    config: Any = model.config
+    if isinstance(model.get_input_embeddings(), BaseTunerLayer) and config.get_text_config().tie_word_embeddings:
+        raise UserError(_tied("the embedding"))
     for name, layer in model.named_modules():
         if isinstance(method, Oft) and isinstance(layer, OFTLayer):
             if layer.oft_block_size["default"] != method.block_size:

@@ -12,6 +12,7 @@ from variants import replace, scale_noise, variant
 
 from steps.artifacts import Dataset, Model, Report
 from steps.evaluate._measure import Contender, Measured
+from steps.evaluate._notes import endless
 from steps.evaluate._process import run_in_child
 from steps.evaluate._runtimes import Generation
 from steps.evaluate._samples import Sample
@@ -156,8 +157,21 @@ def test_thinking_between_special_tags_is_told_from_the_answer(pico: Model) -> N
     ids = token_ids(tokenizer, expected + "<|im_end|>")
     sample = Sample("one", [{"role": "user", "content": "Count."}], expected, "", ids, 0, len(ids))
     measured = Measured([1.0], None, [], Generation([ids], None))
-    judged = judge(Contender("a", pico), measured, measured, [sample], tokenizer, "exact")
+    judged = judge(Contender("a", pico), measured, measured, [sample], tokenizer, "exact", 99)
     assert [(row["answer"], row["score"]) for row in judged.rows] == [(expected, 1.0)]
+
+
+def test_who_does_not_end_is_named_and_who_ends_as_often_is_not() -> None:
+    def rows(*stopped: int) -> list[dict[str, Any]]:
+        return [{"sample": str(at), "stopped": each, "tokens": 5} for at, each in enumerate(stopped)]
+
+    found = endless({"tuned": rows(*8 * [1]), "half": rows(*4 * [1, 0]), "never": rows(*8 * [0])}, 16)
+    assert found == ["`never`: 0 of 8 answers ended by themselves within 16 tokens, of those of `tuned` 8"]
+    # A tie is no proof, and one alone is none.
+    assert endless({"tuned": rows(1, 1, 1, 0), "close": rows(1, 1, 0, 0)}, 16) == []
+    (said,) = endless({"tuned": rows(0, 0, 0, 0)}, 16)
+    assert said.startswith("`tuned`: none of 4 answers ended by itself within 16 tokens")
+    assert endless({"tuned": [{**row, "tokens": 40} for row in rows(0, 0, 0, 0)]}, 16) == []
 
 
 def test_a_child_that_dies_is_named() -> None:

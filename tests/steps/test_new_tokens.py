@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from steps.artifacts import Dataset
-from steps.lm.checkpoint import load_model
+from steps.lm.checkpoint import load_model, load_tokenizer
 from steps.lm.rows import read_jsonl
 from tests.steps.test_given_template import make_base
 
@@ -87,3 +87,28 @@ def test_what_cannot_learn_them_says_what_can(bench: Any, given: Any, sums: dict
         return
     result = bench.attempt("train.sft", {"model": given, "data": sums["train"]}, max_steps=2, adapter={"kind": kind})
     assert result.status == "refused" and "take `lora`, or `full`" in result.message
+
+
+def test_tokens_that_the_vocabulary_has_but_nobody_trained_are_found(bench: Any, pico: Any, tmp_path: Path) -> None:
+    """As in Gemma 3's base models: the tokens of turns are there, and like the unused ones."""
+    folder = make_base(pico.path, tmp_path / "base")
+    tokenizer, model = load_tokenizer(folder), load_model(folder, "bfloat16")
+    names = ["<start_of_turn>", "<end_of_turn>", *(f"<other{number}>" for number in range(8))]
+    tokenizer.add_tokens(names, special_tokens=True)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        weight: Any = model.get_input_embeddings().weight
+        noise = torch.randn(len(names), weight.shape[1], generator=torch.Generator().manual_seed(1))
+        weight[-len(names) :] = 0.05 + 0.005 * noise
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    result = bench.attempt("model.source", {}, uri=f"file://{folder}", template="gemma")
+    assert any("<start_of_turn>, <end_of_turn>: in the vocabulary, but never trained" in note for note in result.notes)
+    found = bench.run("model.source", uri=f"file://{folder}", template="gemma")[""]
+    ids: Any = tokenizer.convert_tokens_to_ids(names[:2])
+    assert found.facts.new_tokens == tuple(ids)
+    # Once they are stops of the model's own, it has learned them.
+    settings = json.loads((folder / "generation_config.json").read_text())
+    stop = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": [0, stop]}))
+    assert bench.run("model.source", uri=f"file://{folder}", template="gemma")[""].facts.new_tokens == ()

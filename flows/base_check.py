@@ -1,0 +1,60 @@
+"""Whether a step's settings fit the pretrained models that it takes, as far as these lie on this machine already."""
+
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+
+from flows.graph import Graph, Node
+from steps.artifacts import Dataset, Preferences, Samples
+from steps.frame import UserError
+from steps.lm.chat import NO_TEMPLATE
+from steps.lm.checkpoint import chat_template
+from steps.sources import model_at_hand
+
+_SOURCE = "model.source"
+_ROWS = (Dataset, Preferences, Samples)
+_METADATA = 64 * 2**20
+"""Bytes of a GGUF file among which its metadata are."""
+
+
+def misfit(graph: Graph, node: Node, cache: Path, root: Path) -> str:
+    """Return in what a step and the models that it takes do not fit; nothing where they do, or none is here.
+
+    Without this a missing chat template is only found out after the model was fetched and dequantised.
+    """
+    found = dict(_models(graph, node, cache, root))
+    if node.config.renders or any(issubclass(kind, _ROWS) for kind in node.given.values()):
+        for field, (source, path) in found.items():
+            if source.config.model_dump().get("template") is None and not _has_template(path):
+                uri = source.config.model_dump()["uri"]
+                return str(graph.loaded.error((*node.place, field), f"{uri}: {NO_TEMPLATE}"))
+    try:
+        node.config.check_models({field: path for field, (_, path) in found.items() if path.is_dir()})
+    except ValueError as error:
+        return str(graph.loaded.error(node.place, str(error)))
+    except UserError:
+        # A checkpoint that cannot be read is said by the step that brings it.
+        return ""
+    return ""
+
+
+def _models(graph: Graph, node: Node, cache: Path, root: Path) -> Iterator[tuple[str, tuple[Node, Path]]]:
+    """Yield the source and the place of each model that comes right from outside, by field."""
+    for field, refs in node.edges.items():
+        for ref in refs:
+            source = graph.nodes[ref.step]
+            if source.kind.name == _SOURCE:
+                path = model_at_hand(source.config.model_dump()["uri"], cache, root)
+                if path is not None:
+                    yield field, (source, path)
+
+
+def _has_template(path: Path) -> bool:
+    """Whether a checkpoint, or a GGUF file, has a chat template; one that cannot be read counts as having one."""
+    try:
+        if path.is_dir():
+            return chat_template(path) is not None
+        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.find(b"tokenizer.chat_template", 0, min(len(content), _METADATA)) >= 0
+    except (UserError, OSError, ValueError):
+        return True
