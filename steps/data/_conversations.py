@@ -166,8 +166,21 @@ def conversation(
         raise _no_column(group, row)
     # A row without a value belongs with no other, not with all that have none.
     together = None if group is None or row.values[group] in (None, "") else str(row.values[group])
-    own_task = task if isinstance(task, Mapping) else None
+    own_task = _checked_task(task, row.where) if isinstance(task, Mapping) else None
     return Conversation(tuple(turns), source, row.where, own_task, together, unlearned, added, unused, row.is_mended)
+
+
+def _checked_task(task: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Return what a verifier needs, as it can be written down.
+
+    Raises:
+        UserError: it cannot: it holds bytes, or what is no number.
+    """
+    try:
+        canonical_json(task)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{where}: `task` cannot be written as JSON ({error})") from None
+    return task
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,16 @@ from pydantic import ValidationError
 from steps.artifacts import Artifact, Draft, Facts, Manifest, Parent, Store, digest_tree
 from steps.frame.code import code_modules, digest_modules
 from steps.frame.config import StepConfig, choices_of, edges_of
-from steps.frame.errors import PartDone, UserError, first_complaint
+from steps.frame.errors import PartDone, ProofFailed, UserError, first_complaint
 from steps.frame.job import Job
 from steps.frame.kinds import StepKind, load_kind
 from steps.frame.pinned import pin
+from steps.frame.row_place import row_place
 from steps.frame.scale import rank_of
-from steps.frame.spec import RESULT_NAME, InputSpec, StepResult, StepSpec
+from steps.frame.spec import LOG_NAME, RESULT_NAME, InputSpec, StepResult, StepSpec
+
+_ROOM = Path(__file__).parents[1]
+"""The directory of all steps."""
 
 
 def run_step(spec: StepSpec) -> StepResult:
@@ -51,9 +55,10 @@ def run_step(spec: StepSpec) -> StepResult:
     except Exception as error:
         # Where the disk is full, the log and the result need the room that the half-made output takes.
         shutil.rmtree(spec.work / "staging", ignore_errors=True)
+        at = row_place()
         traceback.print_exc()
         full = _is_disk_full(error)
-        result = StepResult(status="refused", message=_disk_full(spec)) if full else _failed(error)
+        result = StepResult(status="refused", message=_disk_full(spec)) if full else _failed(spec, error, at)
     shutil.rmtree(spec.work / "staging", ignore_errors=True)
     result = result.model_copy(update={"seconds": time.perf_counter() - began, "peak_memory": peak_memory()})
     _write_result(spec, result, rank)
@@ -253,11 +258,26 @@ def _disk_full(spec: StepSpec) -> str:
     )
 
 
-def _failed(error: Exception) -> StepResult:
+def _failed(spec: StepSpec, error: Exception, at: str) -> StepResult:
+    """Say in one sentence what happened, at which row, in which file of ours, and where the rest is told.
+
+    Args:
+        spec: of the step.
+        error: what nobody caught.
+        at: where the row stands that the step was at; empty where it was at none.
+    """
+    if isinstance(error, ProofFailed):
+        return StepResult(status="failed", message=str(error))
     if isinstance(error, ValidationError):
-        return StepResult(status="failed", message=f"{error.title}: {first_complaint(error)}")
-    message = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
-    return StepResult(status="failed", message=message)
+        said = f"{error.title}: {first_complaint(error)}"
+    else:
+        said = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+    ours = [each for each in traceback.extract_tb(error.__traceback__) if _ROOM in Path(each.filename).parents]
+    places = [at, *(f"{Path(each.filename).relative_to(_ROOM.parent)} line {each.lineno}" for each in ours[-1:])]
+    where = ", ".join(filter(None, places))
+    return StepResult(
+        status="failed", message=f"{said}{f' (at {where})' if where else ''}; its log is {spec.work / LOG_NAME}"
+    )
 
 
 def _write_result(spec: StepSpec, result: StepResult, rank: int) -> None:

@@ -5,12 +5,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from steps.frame.row_place import placed
+
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file that posttrain itself wrote."""
     with path.open(encoding="utf-8") as stream:
-        for line in stream:
-            yield json.loads(line)
+        numbered = enumerate(stream, start=1)
+        yield from placed((json.loads(line), f"row {number} of {path.parent.name[:12]}") for number, line in numbered)
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from steps.frame.errors import UserError, did_you_mean
+from steps.frame.row_place import placed
 from steps.sources import chat_templates, hub, local, pypi, reasoning_gym, stdlib_docs
 from steps.sources.rows import SourceRow, read_file
 
@@ -103,11 +104,15 @@ def read_rows(uri: str, cache: Path, root: Path) -> Iterator[SourceRow]:
         UserError: it cannot be fetched, or a row is malformed (file and line are named).
     """
     if uri in _BUILT_IN:
-        yield from _BUILT_IN[uri].read_rows()
+        yield from _placed(_BUILT_IN[uri].read_rows())
         return
     for path in _scheme(uri, root).fetch_data(uri, cache, root):
         label = str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
-        yield from read_file(path, label)
+        yield from _placed(read_file(path, label))
+
+
+def _placed(rows: Iterator[SourceRow]) -> Iterator[SourceRow]:
+    return placed((row, row.where) for row in rows)
 
 
 def _scheme(uri: str, root: Path) -> Scheme:

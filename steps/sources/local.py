@@ -9,7 +9,7 @@ from steps.artifacts import digest_file
 from steps.artifacts.tree import tree_sha256
 from steps.frame.errors import UserError
 from steps.sources.checkpoint import checkpoint_in
-from steps.sources.rows import ENDINGS, is_data_file
+from steps.sources.rows import ENDINGS, TEXTS, is_data_file
 
 _WILDCARDS = "*?["
 
@@ -86,9 +86,13 @@ def _files_in(directory: Path) -> list[Path]:
 
 
 def _data_below(directory: Path) -> list[Path]:
-    """Return the data files in a directory and those within it; what is hidden is left out."""
-    found = (path for path in directory.rglob("*") if is_data_file(path.name) and path.is_file())
-    return sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(directory).parts))
+    """Return the data files in a directory and those within it; what is hidden is left out.
+
+    Where there are tables, plain text beside them is about them (a README); else it is what the directory holds.
+    """
+    every = (path for path in directory.rglob("*") if is_data_file(path.name) and path.is_file())
+    found = sorted(path for path in every if not any(part[0] == "." for part in path.relative_to(directory).parts))
+    return [path for path in found if path.suffix.lower() not in TEXTS] or found
 
 
 def _find(uri: str, root: Path) -> list[Path]:

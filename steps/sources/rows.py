@@ -1,6 +1,8 @@
 """Rows out of data files: JSONL, Parquet, CSV and plain text, each row with the place it came from."""
 
 import csv
+import datetime
+import decimal
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -57,8 +59,9 @@ def _read_jsonl(path: Path, label: str) -> Iterator[SourceRow]:
                 raise UserError(f"{label} line {empty}: the line is empty; each line must be one JSON object")
             try:
                 values = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except ValueError as error:
-                raise UserError(f"{where}: not valid JSON ({error}); each line must be one JSON object") from None
+            except (ValueError, RecursionError) as error:
+                said = str(error).partition("; use sys.")[0]
+                raise UserError(f"{where}: not valid JSON ({said}); each line must be one JSON object") from None
             if not isinstance(values, dict):
                 raise UserError(f"{where}: a JSON {_json_name(values)}, where each line must be one JSON object")
             # An escape (`\\ud83d`) is the only way in which half a pair gets into JSON.
@@ -88,9 +91,24 @@ def _read_parquet(path: Path, label: str) -> Iterator[SourceRow]:
         for batch in batches:
             for values in batch.to_pylist():
                 number += 1
-                yield SourceRow(values, f"{label} row {number}")
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{label}: not a readable Parquet file ({error})") from None
+                yield SourceRow(_plain(values), f"{label} row {number}")
+    # Of damaged files some are told by exceptions of the system's kind.
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise UserError(f"{label}: not a readable Parquet file ({' '.join(str(error).split())[:300]})") from None
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with dates, times and decimals as text: JSON, in which rows go on, has none."""
+    match value:
+        case dict():
+            return {key: _plain(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_plain(each) for each in value]
+        case datetime.date() | datetime.time():
+            return value.isoformat()
+        case datetime.timedelta() | decimal.Decimal():
+            return str(value)
+    return value
 
 
 def _read_csv(path: Path, label: str) -> Iterator[SourceRow]:
@@ -98,6 +116,9 @@ def _read_csv(path: Path, label: str) -> Iterator[SourceRow]:
     with path.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream, strict=True)
         try:
+            names = list(reader.fieldnames or ())
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise UserError(f"{label} line 1: two columns are called `{twice}`; rename one")
             for values in reader:
                 where = f"{label} line {reader.line_num}"
                 if None in values or None in values.values():
@@ -120,12 +141,13 @@ def _read_text(path: Path, label: str) -> Iterator[SourceRow]:
         raise UserError(f"{label}: not UTF-8 ({error})") from None
 
 
+TEXTS = (".txt", ".md")
+"""Endings of files that are one document each."""
 _READERS: dict[str, Callable[[Path, str], Iterator[SourceRow]]] = {
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
     ".csv": _read_csv,
-    ".txt": _read_text,
-    ".md": _read_text,
+    **dict.fromkeys(TEXTS, _read_text),
 }
 
 ENDINGS = tuple(_READERS)

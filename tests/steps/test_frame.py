@@ -209,7 +209,9 @@ def test_what_pydantic_refuses_in_a_step_is_one_sentence(bench: Bench, tmp_path:
     report = InputSpec(path=tmp_path / "artifacts" / manifest.digest, digest=manifest.digest)
     bundle = spec_of(tmp_path, kind="package.bundle", config={"title": "x"}, inputs={"report": (report,)})
     result = bench.launcher.run(bundle)
-    assert (result.status, result.message) == ("failed", "ReportFacts: metrics: input should be a valid dictionary")
+    assert result.status == "failed" and "\n" not in result.message
+    assert result.message.startswith("ReportFacts: metrics: input should be a valid dictionary (at steps/")
+    assert result.message.endswith(f"; its log is {bundle.work / 'log.txt'}")
 
 
 def test_planning_sees_every_kind_without_torch() -> None:
