@@ -144,6 +144,9 @@ def conversation(
     """
     layout = _layout(row, columns)
     turns = _turns(row, layout)
+    own_system = row.values.get("system")
+    if layout.lists and isinstance(own_system, str) and own_system.strip() and turns[:1] and turns[0][0] != "system":
+        turns = [("system", own_system), *turns]
     last = max((index for index, turn in enumerate(turns) if turn[0] == "assistant"), default=None)
     if last is None:
         raise UserError(f"{row.where}: the row has no assistant turn; there is nothing in it to learn")
@@ -153,7 +156,9 @@ def conversation(
         raise UserError(
             f"{row.where}: the assistant speaks before any user; a conversation begins with the user's turn"
         )
-    unlearned = _unlearned(row, layout)
+    # A system message that stands in a column of its own was put before those that say what is learned.
+    shift = int(bool(layout.lists) and turns[0] == ("system", own_system))
+    unlearned = frozenset(index + shift for index in _unlearned(row, layout))
     unused = _unread(row, layout, group)
     added = system is not None and roles[0] != "system"
     if system is not None and added:
@@ -228,8 +233,24 @@ def _turns(row: SourceRow, layout: _Layout) -> list[Turn]:
         if role != "system" or values[name]:
             content = content_of(values[name], f"column `{name}`", role, row.where)
             extra = values.get("input") if (role, name) == ("user", "instruction") else None
+            if role == "user" and name == "instruction":
+                found += _history(values.get("history"), row.where)
             found.append((role, f"{content}\n\n{extra}" if extra else content))
     return found
+
+
+def _history(value: Any, where: str) -> list[Turn]:
+    """Return the turns before an instruction, as Alpaca's rows may have them: pairs of question and answer."""
+    if is_empty(value):
+        return []
+    if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        raise UserError(f"{where}: column `history` must be a list of pairs, each a question and its answer")
+    roles = ("user", "assistant")
+    return [
+        (role, content_of(text, "`history`", role, where))
+        for pair in value
+        for role, text in zip(roles, pair, strict=True)
+    ]
 
 
 def _unlearned(row: SourceRow, layout: _Layout) -> frozenset[int]:
@@ -258,7 +279,9 @@ def _unlearned(row: SourceRow, layout: _Layout) -> frozenset[int]:
 def _unread(row: SourceRow, layout: _Layout, group: str | None) -> frozenset[str]:
     used = {*layout.lists, *layout.texts.values()}
     if layout.texts.get("user") == "instruction":
-        used.add("input")
+        used |= {"input", "history"}
+    if layout.lists and isinstance(row.values.get("system"), str):
+        used.add("system")
     if isinstance(row.values.get("task"), Mapping):
         used.add("task")
     if is_structured(row.values.get("tools")):

@@ -20,6 +20,10 @@ ROLES = ("system", "user", "assistant", "tool")
 _SPEAKERS = {
     "human": "user",
     "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "function_call": "assistant",
     "user": "user",
     "assistant": "assistant",
     "system": "system",
@@ -109,6 +113,9 @@ def _turn(message: Mapping[str, Any], place: str, where: str) -> Turn:
     if "tool_calls" in extras:
         extras["tool_calls"] = _calls(extras["tool_calls"], place, where)
     content = message.get("content", message.get("value"))
+    if message.get("from") == "function_call":
+        # ShareGPT's way to call a tool: the call is the content.
+        extras["tool_calls"], content = _calls([_parsed(content)], place, where), None
     calls = "tool_calls" in extras
     text = "" if content is None and calls else _joined(content, place, where)
     if not calls:

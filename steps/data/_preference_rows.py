@@ -9,7 +9,7 @@ from steps.artifacts import Draft, Preferences, PreferencesFacts
 from steps.artifacts.manifest import canonical_json
 from steps.data._conversations import opening_of, system_of
 from steps.data._hashing import different_ids, hexdigest
-from steps.data._messages import Turn, as_message, content_of, is_read, message_list, with_tools
+from steps.data._messages import LISTS, Turn, as_message, content_of, is_read, message_list, with_tools
 from steps.data._unread import is_empty, is_structured, unread
 from steps.frame.errors import UserError, did_you_mean
 from steps.sources.rows import SourceRow
@@ -94,7 +94,7 @@ def preference(row: SourceRow, source: str, columns: PreferenceColumns, system: 
     chosen, rejected = texts.get("chosen"), texts.get("rejected")
     if chosen is not None and rejected is not None and chosen.strip() == rejected.strip():
         raise UserError(f"{row.where}: `chosen` and `rejected` are the same answer; a preference needs two")
-    used = {columns.get(part, part) for part in cells}
+    used = {columns.get(part, part) for part in cells} | ({*LISTS} if "prompt" not in row.values else set())
     if is_structured(row.values.get("tools")):
         used.add("tools")
     unknown = unread(row, used, used, is_read)
@@ -154,6 +154,8 @@ def _cells(row: SourceRow, columns: PreferenceColumns) -> dict[Part, Any]:
         if name not in row.values:
             raise UserError(f"{row.where}: there is no column `{name}`{did_you_mean(name, map(str, row.values))}")
     values: dict[Part, Any] = {part: row.values.get(columns.get(part, part)) for part in _PARTS}
+    if values["prompt"] is None:
+        values["prompt"] = next((row.values[name] for name in LISTS if name in row.values), None)
     return {part: value for part, value in values.items() if value is not None}
 
 
@@ -180,6 +182,7 @@ def _answer(value: Any, side: str, where: str) -> tuple[Turns, str]:
     """Return the turns before the answer, none where the cell holds the answer alone, and the answer's text."""
     if isinstance(value, str):
         return (), content_of(value, f"`{side}`", "assistant", where)
+    value = [value] if isinstance(value, Mapping) else value
     *before, (role, text, *calls) = _turns(value, side, where)
     if role != "assistant":
         raise UserError(f"{where}: `{side}` ends with the {role}'s turn; it must end with the assistant's")

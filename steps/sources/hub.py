@@ -30,6 +30,7 @@ _FORM = re.compile(
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")
+_ABOUT = re.compile(r"(^|/)(dataset_\w+|state|config|metadata)\.json$")
 _TRAIN = re.compile(r"(^|[/_.-])train([/_.-]|$)")
 
 
@@ -188,10 +189,11 @@ def _choose(repository: Repository, listing: Listing) -> list[str]:
 
 def _data_files(names: list[str], label: str) -> list[str]:
     """Choose the files of one format, and of the training split where files are named by split."""
-    for ending in (".parquet", ".jsonl", ".csv"):
-        if found := [name for name in names if name.endswith(ending)]:
+    for ending in (".parquet", ".jsonl", ".csv", ".json"):
+        # What the `datasets` library writes beside the data is none.
+        if found := [name for name in names if name.endswith(ending) and not _ABOUT.search(name)]:
             return [name for name in found if _TRAIN.search(name)] or found
-    raise UserError(f"{label}: the repository holds no .parquet, .jsonl or .csv file")
+    raise UserError(f"{label}: the repository holds no .parquet, .jsonl, .csv or .json file")
 
 
 def _verify(path: Path, stated: Mapping[str, Any], label: str) -> None:

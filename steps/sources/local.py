@@ -76,8 +76,9 @@ def _files_in(directory: Path) -> list[Path]:
         UserError: it is no checkpoint, and holds no data either.
     """
     data = _data_below(directory)
+    tables = [path for path in data if not _is_by_name(path)]
     try:
-        return sorted({*checkpoint_in(directory), *data})
+        return sorted({*checkpoint_in(directory), *tables})
     except UserError:
         # With settings of a model beside it, it was meant as one.
         if not data or (directory / "config.json").exists():
@@ -88,11 +89,16 @@ def _files_in(directory: Path) -> list[Path]:
 def _data_below(directory: Path) -> list[Path]:
     """Return the data files in a directory and those within it; what is hidden is left out.
 
-    Where there are tables, plain text beside them is about them (a README); else it is what the directory holds.
+    Where there are tables, plain text and JSON beside them are about them (a README); else they are what it holds.
     """
     every = (path for path in directory.rglob("*") if is_data_file(path.name) and path.is_file())
     found = sorted(path for path in every if not any(part[0] == "." for part in path.relative_to(directory).parts))
-    return [path for path in found if path.suffix.lower() not in TEXTS] or found
+    return [path for path in found if not _is_by_name(path)] or found
+
+
+def _is_by_name(path: Path) -> bool:
+    """Whether a file, beside tables or a model, is data only where it is named."""
+    return path.suffix.lower() in (*TEXTS, ".json")
 
 
 def _find(uri: str, root: Path) -> list[Path]:

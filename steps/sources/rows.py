@@ -129,8 +129,25 @@ def _read_csv(path: Path, label: str) -> Iterator[SourceRow]:
 
 
 def _json_name(value: object) -> str:
-    names: dict[type, str] = {list: "array", str: "string", bool: "boolean", type(None): "null"}
+    names: dict[type, str] = {list: "array", dict: "object", str: "string", bool: "boolean", type(None): "null"}
     return names.get(type(value), "number")
+
+
+def _read_json(path: Path, label: str) -> Iterator[SourceRow]:
+    """Yield the objects of one array, as Alpaca's and ShareGPT's files are."""
+    try:
+        rows = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{label}: not valid JSON ({str(error).partition('; use sys.')[0]})") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{label}: a JSON {_json_name(rows)}, where the file must be one array of objects")
+    for number, values in enumerate(rows, start=1):
+        where = f"{label} row {number}"
+        if not isinstance(values, dict):
+            raise UserError(f"{where}: a JSON {_json_name(values)}, where each row must be one JSON object")
+        mended = _without_halves(values)
+        # No number equals itself that is none.
+        yield SourceRow(mended, where, repr(mended) != repr(values))
 
 
 def _read_text(path: Path, label: str) -> Iterator[SourceRow]:
@@ -147,6 +164,7 @@ _READERS: dict[str, Callable[[Path, str], Iterator[SourceRow]]] = {
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
     ".csv": _read_csv,
+    ".json": _read_json,
     **dict.fromkeys(TEXTS, _read_text),
 }
 
