@@ -112,3 +112,32 @@ def test_tokens_that_the_vocabulary_has_but_nobody_trained_are_found(bench: Any,
     stop = tokenizer.convert_tokens_to_ids("<end_of_turn>")
     (folder / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": [0, stop]}))
     assert bench.run("model.source", uri=f"file://{folder}", template="gemma")[""].facts.new_tokens == ()
+
+
+def test_the_template_and_its_end_survive_every_format_and_the_package(
+    bench: Any, pico: Any, sums: dict[str, Dataset], tmp_path: Path
+) -> None:
+    folder = make_base(pico.path, tmp_path / "base")
+    base = bench.run("model.source", uri=f"file://{folder}", template="llama3")[""]
+    settings = {"max_steps": 40, "batch_size": 16, "learning_rate": 3e-3, "dtype": "float32"}
+    adapter = bench.run("train.sft", {"model": base, "data": sums["train"]}, adapter={"kind": "lora"}, **settings)[""]
+    merged = bench.run("merge.adapter", {"adapter": adapter, "base": base, "data": sums["eval"]})[""]
+    gguf = bench.run("quantize.gguf", {"model": merged}, scheme="Q8_0")[""]
+    gptq = bench.run(
+        "quantize.gptq", {"model": merged, "calibration": sums["train"]}, bits=8, group_size=64, calibration_rows=8
+    )[""]
+    inputs = {"reference": merged, "candidates": [gguf, gptq], "data": sums["eval"]}
+    report = bench.run("evaluate.compare", inputs, names=("gguf", "gptq"), new_tokens=12)[""]
+    for name in ("reference", "gguf", "gptq"):
+        assert report.facts.metrics[f"{name}/stopped"] > 0.9
+    bundle = bench.run(
+        "package.bundle",
+        {"members": [merged, gguf, gptq], "report": report},
+        names=("merged", "gguf", "gptq"),
+        title="x",
+    )[""]
+    templates = {(bundle.path / file).read_text() for file in bundle.manifest.files if file.endswith(".jinja")}
+    assert templates == {(base.path / "chat_template.jinja").read_text()}
+    for each in (merged, gguf, gptq):
+        assert each.facts.template_sha256 == base.facts.template_sha256
+        assert each.facts.stop_token_ids == base.facts.stop_token_ids
