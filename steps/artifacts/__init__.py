@@ -1,34 +1,37 @@
 """Artifacts: directories with a manifest, the only thing that travels between steps.
-`kinds` says what an artifact may be, `manifest` what is written about it, `tree` how its bytes are digested, and
-`store` how it is published and found again. Nothing here knows a training library, Prefect or MLflow.
+`kinds` says what an artifact may be, `facts` what is known of each, `manifest` what is written about it, `tree` how its
+bytes are digested, and `store` how it is published and found again. Nothing here knows a training library, Prefect or
+MLflow.
 """
 
 from steps.artifacts.atomic import cut_half_line, read_lines, write_atomic
+from steps.artifacts.facts import (
+    AdapterFacts,
+    DatasetFacts,
+    DocumentsFacts,
+    Facts,
+    FourBit,
+    ModelFacts,
+    PackageFacts,
+    PreferencesFacts,
+    QuantizedFacts,
+    ReportFacts,
+    SamplesFacts,
+)
 from steps.artifacts.kinds import (
     KINDS,
     Adapter,
-    AdapterFacts,
     Artifact,
     Dataset,
-    DatasetFacts,
     Documents,
-    DocumentsFacts,
     Draft,
-    Facts,
-    FourBit,
     Model,
-    ModelFacts,
     Package,
-    PackageFacts,
     Preferences,
-    PreferencesFacts,
     Quantized,
-    QuantizedFacts,
     Report,
-    ReportFacts,
     RewardModel,
     Samples,
-    SamplesFacts,
     kind_named,
 )
 from steps.artifacts.manifest import MANIFEST_NAME, Manifest, Parent

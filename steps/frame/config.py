@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJson
 from pydantic_core import CoreSchema, core_schema
 
 from steps.artifacts import Artifact
+from steps.frame.metric import Metric
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """Where random numbers begin; NumPy's generators take no other."""
@@ -157,20 +158,6 @@ class Resources(BaseModel):
     def launcher(self) -> Launch:
         """How several processes share the work."""
         return self.launch or ("ddp" if self.gpus else "ddp-cpu")
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A figure that a report gives of each model that it measures: what a gate of the recipe may name."""
-
-    name: str
-    paired: bool = False
-    """Whether the report's rows hold it sample by sample, so that a paired test can tell two models apart by it."""
-    distance: bool = False
-    """Whether it is taken to the report's first model, which has none itself. One model's distance to its own
-    reference and another's to its own say nothing of which model is better."""
-    summed_up: bool = True
-    """Whether the report gives it as one figure, on which a bound can be put."""
 
 
 class StepConfig(BaseModel):

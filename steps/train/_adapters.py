@@ -13,6 +13,7 @@ from steps.artifacts import Adapter, AdapterFacts, Draft, FourBit, Model
 from steps.frame import Job, UserError
 from steps.lm.checkpoint import Dtype, load_model, load_tokenizer, model_facts, name_tokens_as, save_model
 from steps.lm.four_bit import load_four_bit
+from steps.train._adapter_fit import EMBEDDINGS, check_fit, tied
 from steps.train._divided import whole_model
 from steps.train._new_tokens import learn_new_tokens, show_bias
 
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer
 
     from steps.train._settings import Training
-
-
-_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "lm_head", "embed_out")
-"""Usual names of the embeddings."""
 
 
 class _Method(BaseModel):
@@ -59,8 +56,8 @@ class _AdapterMethod(_Method, ABC):
             ValueError: one is.
         """
         names = [] if isinstance(self.targets, str) else self.targets
-        if embedding := next((name for name in names if name.rpartition(".")[2] in _EMBEDDINGS), None):
-            raise ValueError(_tied(embedding))
+        if embedding := next((name for name in names if name.rpartition(".")[2] in EMBEDDINGS), None):
+            raise ValueError(tied(embedding))
 
     @abstractmethod
     def peft_config(self) -> "PeftConfig":
@@ -309,44 +306,12 @@ def _adapted(base: Model, method: _AdapterMethod, dtype: Dtype) -> "PeftModel":
         except ValueError as error:
             raise UserError(f"adapter.targets: {error}") from error
     show_bias(model)
-    _check_fit(model, method)  # pyright: ignore[reportArgumentType]
-    return model  # pyright: ignore[reportReturnType]
-
-
-def _tied(target: str) -> str:
-    return (
-        f"adapter.targets: {target} is the output layer, too (tied embeddings), where an adapter on it would not count "
-        "and could not be merged; leave it out, or take `adapter: {kind: full}`"
+    check_fit(
+        model,  # pyright: ignore[reportArgumentType]
+        rank=method.rank if isinstance(method, Pissa) else None,
+        block_size=method.block_size if isinstance(method, Oft) else None,
     )
-
-
-def _check_fit(model: "PeftModel", method: _AdapterMethod) -> None:
-    from peft.tuners.lora import LoraLayer
-    from peft.tuners.oft import OFTLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
-        raise UserError(
-            "adapter.targets: the output layer cannot have an adapter, because trainers use its weights directly; "
-            "leave it out"
-        )
-    config: Any = model.config
-    if isinstance(model.get_input_embeddings(), BaseTunerLayer) and config.get_text_config().tie_word_embeddings:
-        raise UserError(_tied("the embedding"))
-    for name, layer in model.named_modules():
-        if isinstance(method, Oft) and isinstance(layer, OFTLayer):
-            if layer.oft_block_size["default"] != method.block_size:
-                raise UserError(
-                    f"adapter.block_size: {method.block_size} does not divide the {layer.in_features} inputs of "
-                    f"{name.removeprefix('base_model.model.')}; {layer.oft_block_size['default']} does"
-                )
-        elif isinstance(method, Pissa) and isinstance(layer, LoraLayer):
-            smallest = min(size for size in (layer.in_features, layer.out_features) if size)
-            if method.rank > smallest:
-                raise UserError(
-                    f"adapter.rank: {method.rank} is more than the {smallest} singular values of "
-                    f"{name.removeprefix('base_model.model.')}"
-                )
+    return model  # pyright: ignore[reportReturnType]
 
 
 def _save_as_lora(base: Model, method: Pissa, dtype: Dtype, model: "PreTrainedModel", out: Path) -> None:

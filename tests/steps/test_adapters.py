@@ -115,3 +115,10 @@ def loss(model: Any, data: Dataset) -> float:
             total += torch.nn.functional.cross_entropy(logits, torch.tensor(labels[1:]), reduction="sum").item()
             count += sum(label != -100 for label in labels)
     return total / count
+
+
+def test_an_adapter_on_tied_embeddings_is_refused_before_the_training(bench: Any, sums: Any) -> None:
+    model = bench.run("model.pico", hidden=64, layers=1, vocabulary=320, context=64, pretrain_steps=0)[""]
+    method = {"kind": "lora", "targets": ["q_proj", "embed_tokens"]}
+    result = bench.attempt("train.sft", {"model": model, "data": sums["train"]}, adapter=method, max_steps=2)
+    assert result.status == "refused" and "is the output layer, too (tied embeddings)" in result.message
