@@ -1,14 +1,14 @@
 """Whether a step's settings fit the pretrained models that it takes, as far as these lie on this machine already."""
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from flows.graph import Graph, Node
 from steps.artifacts import Dataset, Preferences, Samples
-from steps.frame import UserError
+from steps.frame import Ref, UserError
 from steps.lm.chat import NO_TEMPLATE
-from steps.lm.checkpoint import chat_template
+from steps.lm.checkpoint import chat_template, is_tied
 from steps.sources import model_at_hand
 
 _SOURCE = "model.source"
@@ -29,13 +29,21 @@ def misfit(graph: Graph, node: Node, cache: Path, root: Path) -> str:
                 uri = source.config.model_dump()["uri"]
                 return str(graph.loaded.error((*node.place, field), f"{uri}: {NO_TEMPLATE}"))
     try:
-        node.config.check_models({field: path for field, (_, path) in found.items() if path.is_dir()})
+        node.config.check_tied([field for field, refs in node.edges.items() if _is_tied(graph, refs, found.get(field))])
     except ValueError as error:
         return str(graph.loaded.error(node.place, str(error)))
+    return ""
+
+
+def _is_tied(graph: Graph, refs: Sequence[Ref], found: "tuple[Node, Path] | None") -> bool:
+    """Whether it is known that an input gets a model whose embedding is its output layer, too."""
+    if any(graph.nodes[ref.step].config.gives_tied for ref in refs):
+        return True
+    try:
+        return found is not None and found[1].is_dir() and is_tied(found[1])
     except UserError:
         # A checkpoint that cannot be read is said by the step that brings it.
-        return ""
-    return ""
+        return False
 
 
 def _models(graph: Graph, node: Node, cache: Path, root: Path) -> Iterator[tuple[str, tuple[Node, Path]]]:

@@ -2,9 +2,8 @@
 
 import math
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
@@ -231,11 +230,16 @@ class StepConfig(BaseModel):
         """Whether it writes conversations by its model's chat template though it takes no rows of another step."""
         return False
 
-    def check_models(self, found: Mapping[str, Path]) -> None:
-        """Check the settings against models that lie on this machine, before anything runs.
+    @property
+    def gives_tied(self) -> bool | None:
+        """Whether the embedding of the model that these settings give is its output layer, too; None: not known."""
+        return None
+
+    def check_tied(self, fields: Collection[str]) -> None:
+        """Check the settings against models whose embedding is their output layer, too, before anything runs.
 
         Args:
-            found: directory of the checkpoint by input field; only of those that come from outside and are here.
+            fields: inputs that get such a model, as far as that is known then.
 
         Raises:
             ValueError: the settings do not fit one of them; the sentence says what would.

@@ -44,6 +44,11 @@ class PicoModel(StepConfig):
     """Optimizer steps on plain text, 16 sequences of 128 tokens each."""
     seed: Seed = 0
 
+    @property
+    def gives_tied(self) -> bool:
+        """As small Llamas are."""
+        return True
+
 
 @step(
     "model.pico",

@@ -1,6 +1,6 @@
 """What every trainer has in common: the model, what of it is trained, and how the optimizer runs."""
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from steps.artifacts import Adapter, Artifact, Model
 from steps.frame import Input, Job, Resources, Seed, StepConfig, UserError
 from steps.frame.hardware import fast_dtype
-from steps.lm.checkpoint import Dtype, give_padding, is_tied, load_tokenizer
+from steps.lm.checkpoint import Dtype, give_padding, load_tokenizer
 from steps.train._adapters import AdapterMethod, Full, Lora, Oft
 
 if TYPE_CHECKING:
@@ -81,9 +81,9 @@ class Training(StepConfig):
                 "optimizer: 8-bit AdamW cannot step weights that `launch: fsdp2` divides; use adamw, or launch: zero2"
             )
 
-    def check_models(self, found: Mapping[str, Path]) -> None:
+    def check_tied(self, fields: Collection[str]) -> None:
         """An adapter on an embedding that is the output layer, too, is no sum that could be merged."""
-        if "model" in found and not isinstance(self.adapter, Full) and is_tied(found["model"]):
+        if "model" in fields and not isinstance(self.adapter, Full):
             self.adapter.check_tied()
 
     @property

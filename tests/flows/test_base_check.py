@@ -79,6 +79,8 @@ def test_an_adapter_on_tied_embeddings_is_refused_before_anything_runs(
         "steps.sft: adapter.targets: embed_tokens is the output layer, too"
         in (reasons(recipe(given, change), home, tmp_path)["sft"])
     )
+    pico = ("base: file://base", "base: {uses: model.pico}")
+    assert "embed_tokens is the output layer, too" in reasons(recipe(pico, change), home, tmp_path)["sft"]
     config = base / "config.json"
     config.write_text(config.read_text().replace('"tie_word_embeddings": true', '"tie_word_embeddings": false'))
     assert reasons(recipe(given, change), home, tmp_path) == {}
