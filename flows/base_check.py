@@ -7,9 +7,11 @@ from pathlib import Path
 from flows.graph import Graph, Node
 from steps.artifacts import Dataset, Preferences, Samples
 from steps.frame import Ref, UserError
+from steps.frame.errors import did_you_mean
 from steps.lm.chat import NO_TEMPLATE
-from steps.lm.checkpoint import chat_template, is_tied
+from steps.lm.checkpoint import chat_template, is_tied, named_templates
 from steps.sources import model_at_hand
+from steps.sources.chat_templates import NAMES, PREFIX
 
 _SOURCE = "model.source"
 _ROWS = (Dataset, Preferences, Samples)
@@ -22,9 +24,13 @@ def misfit(graph: Graph, node: Node, cache: Path, root: Path) -> str:
 
     Without this a missing chat template is only found out after the model was fetched and dequantised.
     """
+    if why := _template_lacking(graph, node, cache, root):
+        return why
     found = dict(_models(graph, node, cache, root))
-    if node.config.renders or any(issubclass(kind, _ROWS) for kind in node.given.values()):
-        for field, (source, path) in found.items():
+    has_rows = any(issubclass(kind, _ROWS) for kind in node.given.values())
+    for field in node.config.rendering(has_rows=has_rows):
+        if field in found:
+            source, path = found[field]
             if source.config.model_dump().get("template") is None and not _has_template(path):
                 uri = source.config.model_dump()["uri"]
                 return str(graph.loaded.error((*node.place, field), f"{uri}: {NO_TEMPLATE}"))
@@ -33,6 +39,24 @@ def misfit(graph: Graph, node: Node, cache: Path, root: Path) -> str:
     except ValueError as error:
         return str(graph.loaded.error(node.place, str(error)))
     return ""
+
+
+def _template_lacking(graph: Graph, node: Node, cache: Path, root: Path) -> str:
+    """Return why a source has no chat template of the name that it is given; nothing where that is not known."""
+    settings = node.config.model_dump()
+    name = str(settings.get("template") or "").removeprefix(PREFIX)
+    if node.kind.name != _SOURCE or settings.get("template") != f"{PREFIX}{name}" or name in NAMES:
+        return ""
+    path = model_at_hand(settings["uri"], cache, root)
+    try:
+        own = [] if path is None or not path.is_dir() else [*named_templates(path)]
+    except UserError:
+        return ""
+    if path is None or name in own:
+        return ""
+    return str(
+        graph.loaded.error(node.place, f"template: no chat template `{name}`{did_you_mean(name, [*NAMES, *own])}")
+    )
 
 
 def _is_tied(graph: Graph, refs: Sequence[Ref], found: "tuple[Node, Path] | None") -> bool:

@@ -86,7 +86,7 @@ class Evidence(BaseModel):
         with report.rows_file.open(encoding="utf-8") as lines:
             for row in map(json.loads, lines):
                 # Prompts and answers are not judged; a large report would fill the memory with them.
-                kept = {name: row.get(name) for name in ("sample", "score", "nll", "tokens")}
+                kept = {name: row.get(name) for name in _JUDGED}
                 rows.setdefault(row["candidate"], []).append(kept)
         by_candidate = {name: tuple(each) for name, each in rows.items()}
         return cls(metrics=report.facts.metrics, rows=by_candidate, digest=report.digest)
@@ -151,6 +151,8 @@ STATISTICS = {
     "perplexity": Statistic("nll", higher_is_better=False, weight="tokens", exponential=True),
 }
 """By metric: what a paired test can compare two models by."""
+_JUDGED = ("sample", "tokens", *dict.fromkeys(statistic.field for statistic in STATISTICS.values()))
+"""Fields of a row that a gate may need."""
 
 
 def terms_of(gates: Sequence[Gate], members: Sequence[str], reports: Mapping[str, str]) -> str:

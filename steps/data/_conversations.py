@@ -144,9 +144,8 @@ def conversation(
     """
     layout = _layout(row, columns)
     turns = _turns(row, layout)
-    own_system = row.values.get("system")
-    if layout.lists and isinstance(own_system, str) and own_system.strip() and turns[:1] and turns[0][0] != "system":
-        turns = [("system", own_system), *turns]
+    told = _own_system(row, layout, turns)
+    turns = [*told, *turns]
     last = max((index for index, turn in enumerate(turns) if turn[0] == "assistant"), default=None)
     if last is None:
         raise UserError(f"{row.where}: the row has no assistant turn; there is nothing in it to learn")
@@ -156,15 +155,13 @@ def conversation(
         raise UserError(
             f"{row.where}: the assistant speaks before any user; a conversation begins with the user's turn"
         )
-    # A system message that stands in a column of its own was put before those that say what is learned.
-    shift = int(bool(layout.lists) and turns[0] == ("system", own_system))
-    unlearned = frozenset(index + shift for index in _unlearned(row, layout))
-    unused = _unread(row, layout, group)
+    unlearned = frozenset(index + len(told) for index in _unlearned(row, layout))
+    unused = _unread(row, layout, group, has_told=bool(told))
     added = system is not None and roles[0] != "system"
     if system is not None and added:
         turns = [("system", system), *turns]
         unlearned = frozenset(index + 1 for index in unlearned)
-    if not is_empty(tools := row.values.get("tools")) and is_structured(tools):
+    if not is_empty(tools := _tools(row, layout)) and is_structured(tools):
         turns = with_tools(turns, tools, row.where)
     task = row.values.get("task")
     if group is not None and group not in row.values:
@@ -173,6 +170,20 @@ def conversation(
     together = None if group is None or row.values[group] in (None, "") else str(row.values[group])
     own_task = _checked_task(task, row.where) if isinstance(task, Mapping) else None
     return Conversation(tuple(turns), source, row.where, own_task, together, unlearned, added, unused, row.is_mended)
+
+
+def _own_system(row: SourceRow, layout: "_Layout", turns: Sequence[Turn]) -> list[Turn]:
+    """Return the system message of a column of its own, where the messages have none."""
+    own = row.values.get("system")
+    if not (layout.lists and isinstance(own, str) and own.strip()) or (turns and turns[0][0] == "system"):
+        return []
+    return [("system", own)]
+
+
+def _tools(row: SourceRow, layout: "_Layout") -> Any:
+    """Return what tools there are: a column says so, or the first message, as our own rows have it."""
+    first = next(iter(message_objects(row.values.get(layout.lists[0]))), {}) if layout.lists else {}
+    return first.get("tools") if is_empty(row.values.get("tools")) else row.values["tools"]
 
 
 def _checked_task(task: Mapping[str, Any], where: str) -> Mapping[str, Any]:
@@ -210,7 +221,10 @@ def _layout(row: SourceRow, columns: Columns) -> _Layout:
         return _Layout((columns["messages"],))
     if columns:
         return _Layout(texts=columns)
-    if found := next((name for name in LISTS if name in row.values), None):
+    # Of other names than `messages` a column may mean something else, the number of a conversation for one.
+    if "messages" in row.values:
+        return _Layout(("messages",))
+    if found := next((name for name in LISTS if message_objects(row.values.get(name))), None):
         return _Layout((found,))
     texts = _recognised(row)
     # As TRL has them: messages that ask, and messages that answer.
@@ -240,17 +254,14 @@ def _turns(row: SourceRow, layout: _Layout) -> list[Turn]:
 
 
 def _history(value: Any, where: str) -> list[Turn]:
-    """Return the turns before an instruction, as Alpaca's rows may have them: pairs of question and answer."""
-    if is_empty(value):
-        return []
-    if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
-        raise UserError(f"{where}: column `history` must be a list of pairs, each a question and its answer")
-    roles = ("user", "assistant")
-    return [
-        (role, content_of(text, "`history`", role, where))
-        for pair in value
-        for role, text in zip(roles, pair, strict=True)
-    ]
+    """Return the turns before an instruction, as Alpaca's rows may have them: pairs of question and answer.
+
+    Anything else under that name is something else, and not read.
+    """
+    if isinstance(value, list) and value and all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        said_by = [(role, text) for pair in value for role, text in zip(("user", "assistant"), pair, strict=True)]
+        return [(role, content_of(text, "`history`", role, where)) for role, text in said_by]
+    return message_list(value, "history", where) if message_objects(value) else []
 
 
 def _unlearned(row: SourceRow, layout: _Layout) -> frozenset[int]:
@@ -276,11 +287,12 @@ def _unlearned(row: SourceRow, layout: _Layout) -> frozenset[int]:
     return frozenset(found)
 
 
-def _unread(row: SourceRow, layout: _Layout, group: str | None) -> frozenset[str]:
+def _unread(row: SourceRow, layout: _Layout, group: str | None, *, has_told: bool) -> frozenset[str]:
     used = {*layout.lists, *layout.texts.values()}
     if layout.texts.get("user") == "instruction":
-        used |= {"input", "history"}
-    if layout.lists and isinstance(row.values.get("system"), str):
+        used |= {"input"} | ({"history"} if _history(row.values.get("history"), row.where) else set())
+    first = next(iter(message_objects(row.values.get(layout.lists[0]))), {}) if layout.lists else {}
+    if has_told or (layout.lists and first.get("content", first.get("value")) == row.values.get("system")):
         used.add("system")
     if isinstance(row.values.get("task"), Mapping):
         used.add("task")

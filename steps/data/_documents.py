@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from steps.artifacts import Documents, DocumentsFacts, Draft
 from steps.artifacts.manifest import canonical_json
+from steps.data._conversations import opening_of
 from steps.data._hashing import different_ids, hexdigest
 from steps.data._unread import unread
 from steps.frame.errors import UserError, did_you_mean
@@ -50,7 +51,8 @@ class Document:
     @property
     def opening(self) -> str:
         """Digest of what is asked: the prompt, or the document itself; letters' case and white space do not count."""
-        return hexdigest(" ".join((self.prompt or self.text).casefold().split()).encode())[:16]
+        # A prompt is the question that it is in a conversation, on the same side in every data set.
+        return opening_of([("user", self.prompt or self.text)])
 
     @property
     def said(self) -> tuple[object, ...]:
@@ -73,8 +75,8 @@ class Document:
 
 def document(
     row: SourceRow, source: str, layout: Layout, columns: dict[str, str], group: str | None = None
-) -> Document:
-    """Read a row as a document (`text`), or as a prompt with its completion.
+) -> Document | None:
+    """Read a row as a document (`text`), or as a prompt with its completion; None where a text is empty.
 
     Args:
         row: as its source has it.
@@ -84,7 +86,7 @@ def document(
         group: column that says which rows belong together.
 
     Raises:
-        UserError: there is no such column, or a text is none, or empty.
+        UserError: there is no such column, or a text is none.
     """
     if layout == "text":
         prompt_column, column = None, _column(row, columns.get("text"), _TEXTS)
@@ -98,7 +100,14 @@ def document(
     if group is not None and group not in row.values:
         raise UserError(f"{row.where}: there is no column `{group}`{did_you_mean(group, map(str, row.values))}")
     together = None if group is None or row.values[group] in (None, "") else str(row.values[group])
-    unused = unread(row, {column, prompt_column or "", group or ""}, (), lambda *_: True)
+    if not text.strip() or (prompt_column and not prompt.strip()):
+        return None
+    extra = row.values.get("input")
+    if prompt_column == "instruction" and isinstance(extra, str) and extra.strip():
+        prompt, unused_input = f"{prompt}\n\n{extra}\n\n", {"input"}
+    else:
+        unused_input = set[str]()
+    unused = unread(row, unused_input | {column, prompt_column or "", group or ""}, (), lambda *_: True)
     return Document(text, prompt, source, row.where, together, unused, row.is_mended)
 
 
@@ -125,9 +134,7 @@ def _column(row: SourceRow, named: str | None, known: Sequence[str]) -> str:
 
 
 def _text(row: SourceRow, column: str) -> str:
-    value = row.values[column]
+    value = "" if row.values[column] is None else row.values[column]
     if not isinstance(value, str):
         raise UserError(f"{row.where}: column `{column}` must be text, not {type(value).__name__}")
-    if not value.strip():
-        raise UserError(f"{row.where}: column `{column}` is empty")
     return value

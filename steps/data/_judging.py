@@ -1,9 +1,10 @@
 """What ranks the answers to a task: a language model asked to compare them, a reward model, or a verifier's scores."""
 
+import json
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from steps.frame.errors import UserError
 from steps.lm.checkpoint import Dtype, load_model, load_tokenizer
@@ -123,4 +124,10 @@ def question(task: Task) -> str:
     """Return a task's prompt as one text: the user's words, with the roles before them where there are others."""
     if len(task.prompt) == 1:
         return task.prompt[0]["content"]
-    return "\n".join(f"{message['role']}: {message['content']}" for message in task.prompt)
+    return "\n".join(f"{message['role']}: {_said(message)}" for message in task.prompt)
+
+
+def _said(message: Mapping[str, Any]) -> str:
+    """Return what a message says, its tool calls as JSON behind it."""
+    calls = [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls") or ()]
+    return "\n".join(filter(None, (message["content"], *calls)))

@@ -23,7 +23,11 @@ _SPEAKERS = {
     "chatgpt": "assistant",
     "bing": "assistant",
     "bard": "assistant",
+    "model": "assistant",
     "function_call": "assistant",
+    "function_response": "tool",
+    "ipython": "tool",
+    "developer": "system",
     "user": "user",
     "assistant": "assistant",
     "system": "system",
@@ -31,13 +35,13 @@ _SPEAKERS = {
     "observation": "tool",
     "function": "tool",
 }
-"""Other names of the roles: ShareGPT's, and OpenAI's of before there were tools."""
+"""Other names of the roles: ShareGPT's, Llama's and Gemma's, OpenAI's of today and of before there were tools."""
 MASKS = ("learn", "weight", "train", "loss")
 """Keys by which a message says whether it is learned: ours, OpenAI's (and Mistral's), Axolotl's, ms-swift's."""
 _RENDERED = ("tool_calls", "tool_call_id", "name")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-READ = ("role", "content", "from", "value", "tool_calls", "function_call", "tool_call_id", "tools", *_THOUGHTS, *MASKS)
-"""Keys of messages that are read; a `name` is, where it is a tool's."""
+READ = ("role", "content", "from", "value", "tool_calls", "function_call", "tool_call_id", *MASKS)
+"""Keys of messages that are read, whatever they hold."""
 LISTS = ("messages", "conversations", "conversation")
 """Columns that are known to hold all messages."""
 
@@ -72,6 +76,7 @@ def with_tools(turns: Sequence[Turn], tools: Any, where: str) -> list[Turn]:
         UserError: that is no list of descriptions.
     """
     found = _parsed(tools)
+    found = [_parsed(each) for each in found] if isinstance(found, list) else found
     if not isinstance(found, list) or not all(map(_is_named, found)):
         raise UserError(f"{where}: `tools` must be a list of objects, each the description of a tool with its `name`")
     role, content, *more = turns[0]
@@ -92,13 +97,25 @@ def turn_of(message: Mapping[str, Any]) -> Turn:
 
 
 def words_in(turn: Turn) -> list[str]:
-    """Return the words of a turn, lower case, those of its tool calls included."""
-    return [word for text in turn[1:] for word in text.casefold().split()]
+    """Return the words of a turn, lower case, those of its tool calls included; what tools there are, nobody says."""
+    _, content, *more = turn
+    extras = {name: each for name, each in json.loads(more[0]).items() if name != "tools"} if more else {}
+    return [word for text in (content, _json(extras) if extras else "") for word in text.casefold().split()]
 
 
 def is_read(message: Mapping[str, Any], name: str) -> bool:
-    """Whether a key of a message is read: a `name` is only where it is a tool's."""
+    """Whether a key of a message is read: a `name` where it is a tool's, thoughts where they are text and the only."""
+    if name in _THOUGHTS:
+        return name == _thoughts_key(message)
     return name in READ or (name == "name" and _role(message) == "tool")
+
+
+def _thoughts_key(message: Mapping[str, Any]) -> str:
+    """Return the key under which the assistant's thoughts stand apart; empty where there are none, or not apart."""
+    content = message.get("content", message.get("value"))
+    if _role(message) != "assistant" or (isinstance(content, str) and THINK_CLOSE in content):
+        return ""
+    return next((name for name in _THOUGHTS if isinstance(message.get(name), str) and message[name].strip()), "")
 
 
 def _turn(message: Mapping[str, Any], place: str, where: str) -> Turn:
@@ -112,24 +129,24 @@ def _turn(message: Mapping[str, Any], place: str, where: str) -> Turn:
         extras["tool_calls"] = [{"type": "function", "function": _parsed(message["function_call"])}]
     if "tool_calls" in extras:
         extras["tool_calls"] = _calls(extras["tool_calls"], place, where)
-    content = message.get("content", message.get("value"))
-    if message.get("from") == "function_call":
-        # ShareGPT's way to call a tool: the call is the content.
-        extras["tool_calls"], content = _calls([_parsed(content)], place, where), None
+    content = next((message[name] for name in ("content", "value") if message.get(name) is not None), None)
+    if "function_call" in (message.get("from"), message.get("role")):
+        # ShareGPT's way to call a tool: the call is the content, or several are.
+        found = _parsed(content)
+        extras["tool_calls"], content = _calls(found if isinstance(found, list) else [found], place, where), None
     calls = "tool_calls" in extras
     text = "" if content is None and calls else _joined(content, place, where)
     if not calls:
         content_of(text, place, role, where)
-    thoughts = next((message[name] for name in _THOUGHTS if isinstance(message.get(name), str) and message[name]), "")
-    if role == "assistant" and thoughts.strip() and THINK_CLOSE not in text:
-        text = f"{THINK_OPEN}\n{thoughts.strip()}\n{THINK_CLOSE}\n\n{text}"
+    if (key := _thoughts_key(message)) and THINK_CLOSE not in text:
+        text = f"{THINK_OPEN}\n{message[key].strip()}\n{THINK_CLOSE}\n\n{text}"
     return (role, text, *([_json(extras)] if extras else []))
 
 
 def _role(message: Mapping[str, Any]) -> Any:
     """Return who speaks, by the name that the role has here."""
-    name = message.get("role", message.get("from"))
-    return _SPEAKERS.get(str(name), name) if "from" in message or name == "function" else name
+    name = next((message[key] for key in ("role", "from") if message.get(key) is not None), None)
+    return _SPEAKERS.get(name, name) if isinstance(name, str) else name
 
 
 def _joined(value: Any, place: str, where: str) -> str:
@@ -156,8 +173,11 @@ def _calls(value: Any, place: str, where: str) -> list[dict[str, Any]]:
         inner = call.get("function", call)
         if not _is_named(call):
             raise UserError(f"{where}: {place}: a tool call must have a `function` with a `name`")
-        function = {**inner, "arguments": _parsed(inner.get("arguments", {}))}
-        rest = {key: each for key, each in call.items() if key in ("id", "type")}
+        # Llama writes `parameters`.
+        given = next((inner[key] for key in ("arguments", "parameters") if inner.get(key) is not None), {})
+        rest_of = {key: each for key, each in inner.items() if key not in ("arguments", "parameters")}
+        function = {**rest_of, "arguments": _parsed(given)}
+        rest = {key: each for key, each in call.items() if key in ("id", "type") and each is not None}
         calls.append({"type": "function", **rest, "function": {**function}} if "function" in call else {**function})
     return calls
 
@@ -180,14 +200,7 @@ def _parsed(value: Any) -> Any:
 
 def _json(value: Any) -> str:
     # In the order in which it is written: chat templates show it so.
-    return json.dumps(_without_nulls(value), ensure_ascii=False)
-
-
-def _without_nulls(value: Any) -> Any:
-    """Return JSON without keys that say nothing: columns of Parquet give every call the keys of all."""
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
-    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+    return json.dumps(value, ensure_ascii=False)
 
 
 def said(turns: Iterable[Turn]) -> list[Turn]:

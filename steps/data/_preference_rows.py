@@ -97,7 +97,7 @@ def preference(row: SourceRow, source: str, columns: PreferenceColumns, system: 
     used = {columns.get(part, part) for part in cells} | ({*LISTS} if "prompt" not in row.values else set())
     if is_structured(row.values.get("tools")):
         used.add("tools")
-    unknown = unread(row, used, used, is_read)
+    unknown = unread(row, used, used - {"tools"}, is_read)
     return Preference(
         prompt, chosen, rejected, source, row.where, system_added=added, unread=unknown, is_mended=row.is_mended
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import Field, model_validator
 
 from steps.artifacts import Draft, Model, Preferences, RewardModel, Samples
+from steps.data._messages import turn_of
 from steps.data._preference_rows import Preference, preference_statistics, preferences_draft
 from steps.frame import Input, Job, Resources, StepConfig, UserError, step
 from steps.frame.hardware import fast_dtype
@@ -139,5 +140,5 @@ def _ranked(data: Samples, ranker: "Ranker", job: Job) -> Iterator[list[Ranked]]
 
 
 def _row(better: Rollout, worse: Rollout) -> Preference:
-    prompt = tuple((message["role"], message["content"]) for message in better.task.prompt)
+    prompt = tuple(map(turn_of, better.task.prompt))
     return Preference(prompt, better.text, worse.text, better.task.source)

@@ -1,7 +1,7 @@
 """`data.mix`: several data sets in given shares, with thinking or without."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -54,6 +54,9 @@ def mix_data(config: MixData, job: Job) -> Draft:
     weights = config.weights or [1.0] * len(config.parts)
     modes: list[Mode] = config.thinking or ["keep"] * len(config.parts)
     parts = [_usable(part, mode, config.flags) for part, mode in zip(config.parts, modes, strict=True)]
+    for number, (part, usable) in enumerate(zip(config.parts, parts, strict=True), start=1):
+        if lost := part.facts.rows - len(usable):
+            job.note(f"{lost} of {part.facts.rows} rows of part {number} were left out: they answer by thoughts alone")
     available = [len(part) for part in parts]
     counts = available if config.union else shares(weights, available, config.rows)
     _check_counts(config, job.name, counts, parts)
@@ -126,11 +129,20 @@ def without_thinking(row: Row) -> Row:
     """Return a row's twin that does not think: every answer begins with the empty block."""
     messages = [
         {**message, "content": EMPTY_THINKING + final_answer(message["content"])}
-        if message["role"] == "assistant"
+        if message["role"] == "assistant" and not _only_calls(message)
         else message
         for message in row["messages"]
     ]
     return {**row, "id": f"{row['id']}:no_think", "messages": messages}
+
+
+def _only_calls(message: Mapping[str, Any]) -> bool:
+    """Whether a message calls tools and says nothing: there is no answer before which not to think."""
+    return bool(message.get("tool_calls")) and not message["content"].strip()
+
+
+def _answers(message: Mapping[str, Any]) -> bool:
+    return bool(final_answer(message["content"]) or message.get("tool_calls"))
 
 
 def thinks(row: Row) -> bool:
@@ -159,7 +171,7 @@ def _usable(part: Dataset, mode: Mode, flags: bool) -> list[Row]:
     """Read a part's rows in the form they are given out; a row whose answer is all thinking cannot be stripped."""
     rows = list(read_jsonl(part.rows_file))
     if mode == "strip":
-        rows = [without_thinking(row) for row in rows if final_answer(row["messages"][-1]["content"])]
+        rows = [without_thinking(row) for row in rows if _answers(row["messages"][-1])]
     return [_flagged(row) for row in rows] if flags else rows
 
 

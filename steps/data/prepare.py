@@ -18,7 +18,7 @@ from steps.data._sides import check_sides, given_sides, sides_by_id
 from steps.data._spelled import Spelled
 from steps.frame import Follows, Input, Job, Resources, UserError, step
 from steps.lm.chat import NO_TEMPLATE
-from steps.sources import read_rows
+from steps.sources import passed_over, read_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,10 +60,9 @@ class PrepareData(ReadRows):
             raise ValueError(f"format: {self.format} has no system message; leave out `system` and `question`")
         return self
 
-    @property
-    def renders(self) -> bool:
-        """Conversations are measured in the chat template."""
-        return self.format == "messages"
+    def rendering(self, *, has_rows: bool) -> tuple[str, ...]:
+        """The model's template measures conversations."""
+        return ("model",) if self.format == "messages" else ()
 
     def produced(self) -> type[Artifact]:
         """Documents, where the rows are no conversations."""
@@ -92,7 +91,8 @@ def prepare_data(config: PrepareData, job: Job) -> dict[str, Draft]:
     tokenizer = _tokenizer(config)
     # Of duplicates the first stays: one that has a task can be verified too.
     spelled = Spelled(config.model, tokenizer, config.control_tokens)
-    rows = sorted(map(spelled.checked, _rows(config, job)), key=lambda row: row.task is None)
+    empty: list[str] = []
+    rows = sorted(map(spelled.checked, _rows(config, job, empty)), key=lambda row: row.task is None)
     unique, exact = without_exact(rows) if config.exact_dedup else (rows, [])
     distinct, near = (unique, []) if config.near_dedup is None else without_near(unique, config.near_dedup)
     kept, too_long = _measured(distinct, config, tokenizer)
@@ -101,20 +101,25 @@ def prepare_data(config: PrepareData, job: Job) -> dict[str, Draft]:
     )
     sides = {side: [one for one in kept if side_of[one.row.id] == side] for side in given_sides(config.shares)}
     counts = {
-        "rows_read": len(rows),
+        "rows_read": len(rows) + len(empty),
+        "empty": len(empty),
         "exact_duplicates": len(exact),
         "near_duplicates": len(near),
         "too_long": len(too_long),
     }
     _check_sides(config, sides, counts)
     left_out = {
+        "empty": empty,
         "exact duplicates": [_like(each) for each in exact],
         "near duplicates (`near_dedup: null` keeps them)": [_like(each) for each in near],
         f"longer than max_tokens: {config.max_tokens}": [one.row.where for one in too_long],
     }
     note_as_read(job, rows)
     spelled.note(job)
-    note_left_out(job, len(rows), left_out)
+    note_left_out(job, len(rows) + len(empty), left_out)
+    if over := [path for source in config.sources for path in passed_over(source, Path.cwd())]:
+        some = ", ".join(path.name for path in over[:3]) + (", ..." if len(over) > 3 else "")
+        job.note(f"{len(over)} files of plain text beside tables were not read ({some}); name them to read them")
     unit = "words" if tokenizer is None else "tokens"
     sizes = {name: len(part) for name, part in sides.items()}
     job.log_metrics({**counts, **sizes, **percentiles(kept, unit)})
@@ -159,14 +164,17 @@ def _tokenizer(config: PrepareData) -> "PreTrainedTokenizerFast | None":
     return load_tokenizer(config.model.path)
 
 
-def _rows(config: PrepareData, job: Job) -> Iterator[Conversation | Document]:
+def _rows(config: PrepareData, job: Job, empty: list[str]) -> Iterator[Conversation | Document]:
+    """Yield what the sources hold; `empty` gets the places of texts that say nothing, as many corpora have them."""
     columns: Any = config.columns
     for source in config.sources:
         for row in read_rows(source, job.cache, Path.cwd()):
             if config.format == "messages":
                 yield conversation(row, source, columns, config.system, config.group)
+            elif found := document(row, source, config.format, columns, config.group):
+                yield found
             else:
-                yield document(row, source, config.format, columns, config.group)
+                empty.append(row.where)
 
 
 def _measured(

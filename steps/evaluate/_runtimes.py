@@ -138,11 +138,15 @@ class TransformersRuntime:
         answers = [self._until_stop(row) for row in self._continue(prompts, max_tokens)]
         return Generation(answers, None if self._stand_in else self._speed(prompts[0]))
 
-    def _speed(self, prompt: list[int]) -> Speed:
-        """Time one prompt alone, with an answer that may not stop early."""
+    def _speed(self, prompt: list[int]) -> Speed | None:
+        """Time one prompt alone, with an answer that may not stop early; None where the model has no room for one."""
+        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        tokens = min(_SPEED_TOKENS, (positions or len(prompt) + _SPEED_TOKENS) - len(prompt))
+        if tokens < 2:
+            return None
         clock = self._clock()
         began = time.perf_counter()
-        self._continue([prompt], _SPEED_TOKENS, min_new_tokens=_SPEED_TOKENS, stopping_criteria=[clock])
+        self._continue([prompt], tokens, min_new_tokens=tokens, stopping_criteria=[clock])
         first, last = clock.times[0], clock.times[-1]
         return Speed(len(prompt) / (first - began), (len(clock.times) - 1) / (last - first))
 

@@ -30,6 +30,8 @@ class Sample:
     """Its token ids by the reference's tokenizer."""
     start: int
     end: int
+    skipped: int = 0
+    """Tokens at the beginning that are not in `text`: with which the tokenizer begins plain texts."""
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -86,4 +88,4 @@ def _plain_sample(row: Mapping[str, str], plain: PlainTexts, max_tokens: int) ->
     # Nothing tells a model what a text begins with.
     start, end = max(1, start), min(len(ids), max_tokens)
     prompt = [{"role": "user", "content": row["prompt"]}] if row["prompt"] else []
-    return Sample(row["id"], prompt, row["text"], plain.begins + row["prompt"] + row["text"], ids, start, end)
+    return Sample(row["id"], prompt, row["text"], row["prompt"] + row["text"], ids, start, end, plain.skipped)

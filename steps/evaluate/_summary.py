@@ -69,7 +69,7 @@ def judge(
         row |= {
             "answer": answer,
             "score": _round(_SCORES[score](sample.expected, answer)),
-            "stopped": int(len(ids) < new_tokens),
+            "stopped": float(len(ids) < new_tokens),
         }
     return Judged(contender, rows, _metrics(contender, rows), _intervals(rows))
 

@@ -51,6 +51,10 @@ class Compare(StepConfig):
     In `bfloat16` a model diverges from its own float32 self by some 0.001 nats: below that, KL says nothing.
     """
 
+    def rendering(self, *, has_rows: bool) -> tuple[str, ...]:
+        """The reference's template writes the rows for all."""
+        return ("reference",) if has_rows else ()
+
     @property
     def metrics(self) -> tuple[Metric, ...]:
         """Quality, distance to the reference, and size."""
@@ -92,13 +96,13 @@ def compare(config: Compare, job: Job) -> Draft:
     finally:
         plan.log_probabilities.unlink(missing_ok=True)
     judged = [
-        judge(contender, found, measured[0], samples, tokenizer, config.score, config.new_tokens)
+        judge(contender, found, measured[0], samples, tokenizer, config.score, plan.new_tokens)
         for contender, found in zip(contenders, measured, strict=True)
     ]
     content = summary(contenders[0].name, judged, config.score)
     content["notes"] = [
         *chosen_on({each.name: each.artifact for each in contenders}, config.data),
-        *endless({each.contender.name: each.rows for each in judged}, config.new_tokens),
+        *endless({each.contender.name: each.rows for each in judged}, plan.new_tokens),
         *more_stops({each.name: found.more_stops for each, found in zip(contenders, measured, strict=True)}),
     ]
     for note in content["notes"]:
@@ -181,11 +185,15 @@ def _plan(config: Compare, job: Job, samples: "list[Sample]", vocabulary: int) -
 
     if len(samples) < config.rows:
         job.note(f"{len(samples)} rows fit, fewer than the {config.rows} asked for")
+    longest = max(sample.start for sample in samples[: config.generate_rows])
+    new_tokens = positions_within(config.reference.path, longest + config.new_tokens) - longest
+    if new_tokens < config.new_tokens:
+        job.note(f"answers are cut at {new_tokens} tokens: the model has no more positions behind its longest prompt")
     return Plan(
         samples=samples,
         vocabulary=vocabulary,
         generate_rows=0 if _is_whole(config.data) else min(config.generate_rows, len(samples)),
-        new_tokens=config.new_tokens,
+        new_tokens=new_tokens,
         dtype=config.dtype,
         threads=job.cpus,
         log_probabilities=job.scratch / "reference.float16",

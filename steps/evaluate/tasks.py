@@ -61,6 +61,10 @@ class EvaluateTasks(Sampling):
         """Thinking budgets that are evaluated, the report's own last."""
         return self.thinking_tokens or [None]
 
+    def rendering(self, *, has_rows: bool) -> tuple[str, ...]:
+        """Each candidate's own; `model` is only what adapters were trained on."""
+        return ()
+
     @property
     def metrics(self) -> tuple[Metric, ...]:
         """Accuracy and what goes with it, at the last budget; without rows at each other one."""

@@ -225,10 +225,13 @@ class StepConfig(BaseModel):
         """
         return {}
 
-    @property
-    def renders(self) -> bool:
-        """Whether it writes conversations by its model's chat template though it takes no rows of another step."""
-        return False
+    def rendering(self, *, has_rows: bool) -> tuple[str, ...]:
+        """Return the fields of the models whose chat template writes conversations.
+
+        Args:
+            has_rows: whether the step takes conversations of another.
+        """
+        return ("model",) if has_rows else ()
 
     @property
     def gives_tied(self) -> bool | None:

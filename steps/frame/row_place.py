@@ -4,7 +4,8 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
-_at: list[str] = []
+_at: list[list[str]] = []
+"""A cell for each walk over rows that has not ended, the latest last."""
 
 
 def placed(rows: Iterable[tuple[T, str]]) -> Iterator[T]:
@@ -13,16 +14,16 @@ def placed(rows: Iterable[tuple[T, str]]) -> Iterator[T]:
     Args:
         rows: each with where it stands, `data.jsonl line 7`.
     """
-    _at.append("")
-    own = len(_at) - 1
+    own = [""]
+    _at.append(own)
     try:
         for row, where in rows:
-            _at[own] = where
+            own[0] = where
             yield row
     finally:
-        del _at[own:]
+        _at[:] = [each for each in _at if each is not own]
 
 
 def row_place() -> str:
     """Return where the row stands that the step is at; empty where it reads none."""
-    return _at[-1] if _at else ""
+    return _at[-1][0] if _at else ""

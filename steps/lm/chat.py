@@ -3,8 +3,9 @@
 Everything that trains on, calibrates with or measures a conversation must see the same tokens, so it asks here.
 """
 
+import json
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,6 @@ def render(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message], *,
     Raises:
         UserError: the tokenizer has no chat template, or its template refuses the messages.
     """
-    import jinja2
 
     if not tokenizer.chat_template:
         raise UserError(f"{_named(tokenizer)}: {NO_TEMPLATE}")
@@ -84,8 +84,63 @@ def render(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message], *,
         )
     tools = messages[0].get("tools") if messages else None
     shown = [{key: value for key, value in message.items() if key != "tools"} for message in messages]
+    calls = any(message.get("tool_calls") for message in shown)
+    why: UserError | None = None
+    for each in (shown, *(_other_calls(shown) if calls else ())):
+        try:
+            text = _applied(tokenizer, _with_apart(tokenizer, each), tools, prompt=prompt)
+            _check_tools(tokenizer, shown, tools, text)
+        except UserError as error:
+            why = why or error
+        else:
+            return text
+    assert why is not None
+    raise why
+
+
+def _other_calls(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Yield messages as other templates want calls: without any content beside them, and their arguments as text."""
+    bare = [
+        {**message, "content": None} if message.get("tool_calls") and not message["content"] else message
+        for message in messages
+    ]
+    yield bare
+    yield [{**message, "tool_calls": [_as_text(call) for call in message.get("tool_calls") or ()]} for message in bare]
+
+
+def _as_text(call: Mapping[str, Any]) -> dict[str, Any]:
+    inner = call.get("function", call)
+    given = inner.get("arguments", {})
+    text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+    return {**call, "function": {**inner, "arguments": text}} if "function" in call else {**inner, "arguments": text}
+
+
+def _with_apart(tokenizer: "PreTrainedTokenizerFast", messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages with thoughts under a key of their own, where that is how the template takes them (gpt-oss)."""
+    template = str(tokenizer.chat_template)
+    key = next((name for name in ("thinking", "reasoning_content") if f".{name}" in template), None)
+    if key is None or THINK_CLOSE in template:
+        return messages
+    found = []
+    for message in messages:
+        content = (message["content"] or "").lstrip() if message["role"] == "assistant" else ""
+        if content.startswith(THINK_OPEN) and THINK_CLOSE in content:
+            thoughts, _, answer = content.removeprefix(THINK_OPEN).partition(THINK_CLOSE)
+            message = {**message, "content": answer.lstrip(), key: thoughts.strip()}
+        found.append(message)
+    return found
+
+
+def _applied(tokenizer: "PreTrainedTokenizerFast", messages: list[dict[str, Any]], tools: Any, *, prompt: bool) -> str:
+    """Return what the template writes.
+
+    Raises:
+        UserError: it refuses the messages, or fails at their tools.
+    """
+    import jinja2
+
     try:
-        text = tokenizer.apply_chat_template(shown, tools=tools, tokenize=False, add_generation_prompt=prompt)
+        return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt))
     except (TypeError, ValueError) as error:
         # A template that knows no calls takes what is there for text, and may fail at that as Python does.
         if not tools and not any("tool_calls" in message for message in messages):
@@ -94,8 +149,6 @@ def render(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message], *,
     except jinja2.TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(f"{_named(tokenizer)}: the chat template refuses the roles {roles} ({error})") from error
-    _check_tools(tokenizer, messages, tools, str(text))
-    return str(text)
 
 
 def _check_tools(
@@ -109,11 +162,18 @@ def _check_tools(
     calls = [call for message in messages for call in message.get("tool_calls") or ()]
     names = [each.get("function", each).get("name") for each in (*(tools or ()), *calls)]
     given = [message["content"] for message in messages if message["role"] == "tool"]
-    if lost := next((each for each in (*names, *given) if each and str(each) not in text), None):
+    if lost := next((each for each in (*names, *given) if each and not _is_rendered(str(each), text)), None):
+        word = " ".join(str(lost).split())[:40]
         raise UserError(
-            f"{_named(tokenizer)}: the chat template does not render tools: `{str(lost)[:40]}` is not in its "
-            "text; give the model a template that does (`template:`), or leave such rows out"
+            f"{_named(tokenizer)}: the chat template does not render tools: `{word}` is not in its text; give the "
+            "model a template that does (`template:`), or leave such rows out"
         )
+
+
+def _is_rendered(said: str, text: str) -> bool:
+    """Whether a text stands in another, as it is, without white space around it, or as JSON writes it (Llama 3.1)."""
+    forms = (said, said.strip(), json.dumps(said)[1:-1], json.dumps(said, ensure_ascii=False)[1:-1])
+    return any(form in text for form in (*forms, json.dumps(said.strip())[1:-1]))
 
 
 def without_control_tokens(tokenizer: "PreTrainedTokenizerFast", text: str, tokens: Iterable[str] | None = None) -> str:
@@ -230,7 +290,11 @@ def _as_asked(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message],
     content = messages[-1]["content"]
     opens = before.rstrip().endswith(THINK_OPEN)
     thoughts = content.split(THINK_CLOSE)[0].replace(THINK_OPEN, "").strip() if THINK_CLOSE in content else ""
-    if text.startswith(before) and thoughts in text[len(before) :]:
+    turn = text[len(before) :] if text.startswith(before) else ""
+    # A template that takes thoughts under a key writes other tags around them, or none.
+    tagged = THINK_CLOSE in turn or THINK_CLOSE not in str(tokenizer.chat_template)
+    kept = not thoughts or (thoughts in turn and tagged)
+    if text.startswith(before) and kept:
         return text
     if not (opens or thoughts):
         return text

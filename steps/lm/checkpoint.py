@@ -119,12 +119,14 @@ def chat_template(directory: Path) -> str | None:
 
 
 def named_templates(directory: Path) -> dict[str, str]:
-    """Return the chat templates of `tokenizer_config.json` by name; a single one is the default."""
+    """Return the chat templates of a tokenizer by name: of `tokenizer_config.json`, and those in files of their own."""
     config = directory / "tokenizer_config.json"
     found = _read_json(config).get("chat_template") if config.exists() else None
     listed = found if isinstance(found, list) else [{"name": "default", "template": found}]
     named = (each for each in listed if isinstance(each, dict))
-    return {str(each.get("name")): text for each in named if isinstance(text := each.get("template"), str)}
+    inside = {str(each.get("name")): text for each in named if isinstance(text := each.get("template"), str)}
+    files = sorted((directory / "additional_chat_templates").glob("*.jinja"))
+    return inside | {file.stem: file.read_text(encoding="utf-8") for file in files}
 
 
 def template_sha256(directory: Path) -> str | None:

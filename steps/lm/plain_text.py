@@ -12,12 +12,13 @@ if TYPE_CHECKING:
 def document_end(tokenizer: "PreTrainedTokenizerFast", stops: Sequence[int]) -> int | None:
     """Return the token that ends documents: where a chat template has an end of turns beside it, not that one.
 
-    Of several the first of the vocabulary, where the one of pretraining stands (Llama 3's `<|end_of_text|>`).
+    Of several the tokenizer's, else the first of the vocabulary, where the one of pretraining stands (Llama 3's
+    `<|end_of_text|>`).
     """
     end: Any = turn_end(tokenizer, stops)
     others = [stop for stop in sorted(stops) if stop != end and stop < len(tokenizer)]
     own: Any = tokenizer.eos_token_id
-    return others[0] if others else own
+    return own if own in others or not others else others[0]
 
 
 class PlainTexts:
@@ -35,20 +36,20 @@ class PlainTexts:
         self._longest = longest
         end = document_end(tokenizer, stops)
         self._end = [] if end is None else [end]
-        empty: Any = tokenizer("a")["input_ids"]
-        self.begins = str(tokenizer.bos_token) if tokenizer.bos_token and empty[:1] == [tokenizer.bos_token_id] else ""
-        """Text of the token with which the tokenizer begins every text; empty where it has none."""
+        first: Any = tokenizer("a")["input_ids"]
+        self.skipped = int(tokenizer.bos_token_id is not None and first[:1] == [tokenizer.bos_token_id])
+        """Tokens with which the tokenizer begins every text: one, or none."""
 
     def tokens(self, prompt: str, text: str) -> tuple[list[int], int]:
         """Return the tokens of a prompt and what follows it, without an end, and where those of the latter begin."""
-        before = self.begins + prompt
-        encoded: Any = self._tokenizer(before + text, add_special_tokens=False, return_offsets_mapping=True)
+        whole: Any = self._tokenizer(prompt + text, return_offsets_mapping=True)
+        pairs = list(zip(whole["input_ids"], whole["offset_mapping"], strict=True))
+        # Behind the text a tokenizer may put an end of its own, as it puts a beginning before it.
+        while len(pairs) > self.skipped and pairs[-1][1][0] == pairs[-1][1][1]:
+            pairs.pop()
         # A token that joins both is learned: without it the text would not begin.
-        start = next(
-            (at for at, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(before)),
-            len(encoded["input_ids"]),
-        )
-        return list(encoded["input_ids"]), start
+        start = next((at for at, (_, (_, end)) in enumerate(pairs) if end > len(prompt)), len(pairs))
+        return [token for token, _ in pairs], max(start, self.skipped)
 
     def learned(self, row: Mapping[str, str], *, whole: bool) -> list[tuple[list[int], list[int]]]:
         """Return the tokens of a row of Documents and, for each, what is learned there: itself, or -100 for nothing.
@@ -64,8 +65,6 @@ class PlainTexts:
         labels = [-100] * start + ids[start:]
         if not whole:
             return [(ids, labels)]
-        pieces = [
-            (ids[at : at + self._longest], labels[at : at + self._longest]) for at in range(0, len(ids), self._longest)
-        ]
+        cuts = [slice(at, at + self._longest) for at in range(0, len(ids), self._longest)]
         # The first token of a sequence is predicted from nothing: one alone teaches nothing.
-        return [piece for piece in pieces if len(piece[0]) > 1]
+        return [(ids[cut], labels[cut]) for cut in cuts if len(ids[cut]) > 1]

@@ -98,7 +98,9 @@ def _tokens_behind(tokenizer: "PreTrainedTokenizerFast", turns: Sequence[Mapping
     if at < 0:
         return []
     end = text.find(_NEXT, at)
-    return _added_tokens(tokenizer, text, at + len(_ANSWER), len(text) if end < 0 else end)
+    found = _added_tokens(tokenizer, text, at + len(_ANSWER), len(text) if end < 0 else end)
+    # What a vocabulary has no token for, a line break in some of SentencePiece, ends nothing.
+    return [token for token in found if token != tokenizer.unk_token_id or token == tokenizer.eos_token_id]
 
 
 def _without_opening(tokenizer: "PreTrainedTokenizerFast", behind: list[int]) -> list[int]:

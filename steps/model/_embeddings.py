@@ -53,6 +53,12 @@ def untrained(directory: Path, tokens: Sequence[int]) -> set[int]:
     return same | _short(weight, wanted)
 
 
+def short_rows(directory: Path, tokens: Sequence[int]) -> set[int]:
+    """Return those of some tokens whose row of the embedding is nearly nothing."""
+    weight = _embedding(directory)
+    return set() if weight is None else _short(weight, [token for token in tokens if token < len(weight)])
+
+
 def _embedding(directory: Path) -> "torch.Tensor | None":
     """Return the input embedding as it is stored; None where no one tensor is it."""
     from safetensors import safe_open

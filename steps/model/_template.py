@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from steps.artifacts import write_atomic
 from steps.frame.errors import UserError, did_you_mean
 from steps.lm.chat import render
-from steps.lm.checkpoint import chat_template, load_tokenizer, named_templates
+from steps.lm.checkpoint import chat_template, load_tokenizer, named_templates, stop_token_ids
 from steps.lm.turn_end import turn_end
-from steps.model._embeddings import embedding_rows, mean_rows
+from steps.model._embeddings import embedding_rows, mean_rows, short_rows
 from steps.sources import chat_templates, fetch_template
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _DECLARED = re.compile(r"\{#-?\s*tokens:(?P<tokens>[^#]*?)-?#\}\n?")
 # Markup as chat templates write it, `<|end|>`, DeepSeek's `<｜User｜>`, `<end_of_turn>`, `[INST]`.
-_MARKUP = re.compile(r"<\|[^<>|\s]{1,40}\|>|<｜[^<>｜]{1,40}｜>|<(?:start|end)_of_\w+>|\[/?[A-Z][A-Z_]+\]")
+_MARKUP = re.compile(r"<\|[^<>|\s]{1,40}\|>|<｜[^<>｜]{1,40}｜>|<(?:start|end)_of_\w+>|\[/[A-Z][A-Z_]+\]")
 _RESERVED = re.compile(
     r"[<\[]\W{0,2}(?:reserved|unused|extra|placeholder|dummy|special)[\w ▁]*?_?\d+\W{0,2}[>\]]", re.I
 )
@@ -63,7 +63,7 @@ def template_text(uri: str, directory: Path, cache: Path, registered: Path | Non
             raise UserError(f"template: {uri} has no chat template of its own")
         return text
     try:
-        return place.read_text(encoding="utf-8")
+        return place.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"template: {uri} is no text in UTF-8; a chat template is a .jinja file") from None
 
@@ -91,10 +91,10 @@ def give_template(directory: Path, text: str, note: Callable[[str], None], *, bu
     tokenizer.chat_template = body
     if "eos_token" in body and not tokenizer.eos_token:
         raise UserError("template: it ends turns with `eos_token`, and the tokenizer has none; take another template")
-    shown = render(tokenizer, _PROBE)
+    shown = _shown(tokenizer)
     if tokens is None:
-        tokens = list(dict.fromkeys(_MARKUP.findall(shown)))
-    if (begins := _begins(tokenizer)) and not shown.startswith(begins):
+        tokens = _markup(shown)
+    if (begins := _begins(tokenizer)) and not all(text.startswith(begins) for text in shown):
         note(f"the template leaves out {begins}, with which this tokenizer begins every other text")
     rows = embedding_rows(directory)
     missing = [token for token in tokens if not _is_control(tokenizer, token)]
@@ -107,8 +107,12 @@ def give_template(directory: Path, text: str, note: Callable[[str], None], *, bu
         tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in left], special_tokens=True)
     _save_tokenizer(tokenizer, directory)
     if turn_end(tokenizer) is None:
-        raise UserError("template: no token ends the assistant's turn in it, so no model would learn to stop")
-    new = {*_ids(tokenizer, fresh)}
+        raise UserError(
+            "template: no token ends the assistant's turn in it, so no model would learn to stop; its first line may "
+            "name its control tokens, {# tokens: <|turn> <turn|> #}"
+        )
+    # Those of Mistral's base models are there, with rows of zeros.
+    new = {*_ids(tokenizer, fresh), *short_rows(directory, _ids(tokenizer, tokens))}
     mean_rows(directory, sorted(new), len(tokenizer))
     _say(note, taken, [token for token in fresh if token not in taken], len(tokenizer) - rows)
     return new
@@ -118,6 +122,32 @@ def _declared(text: str) -> tuple[str, list[str] | None]:
     """Return a template without the line that names its control tokens, and those; None where it has no such line."""
     match = _DECLARED.match(text)
     return (text[match.end() :], match["tokens"].split()) if match else (text, None)
+
+
+def _shown(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
+    """Return what the template writes of some conversations: with a system message and without, asked and answered.
+
+    Raises:
+        UserError: it refuses them all.
+    """
+    found: list[str] = []
+    why: UserError | None = None
+    for turns in (_PROBE, ({"role": "system", "content": "Be brief."}, *_PROBE)):
+        for prompt in (False, True):
+            try:
+                found.append(render(tokenizer, turns, prompt=prompt))
+            except UserError as error:
+                why = error
+    if not found:
+        raise UserError(f"template: it refuses a question that is answered ({why})")
+    return found
+
+
+def _markup(shown: Sequence[str]) -> list[str]:
+    """Return what looks like control tokens; a word in brackets where it is closed, too (`[INST]` and `[/INST]`)."""
+    found = list(dict.fromkeys(name for text in shown for name in _MARKUP.findall(text)))
+    opened = [name.replace("[/", "[") for name in found if name.startswith("[/")]
+    return [*(name for name in opened if any(name in text for text in shown)), *found]
 
 
 def _begins(tokenizer: "PreTrainedTokenizerFast") -> str:
@@ -142,7 +172,13 @@ def _rename_reserved(
 ) -> dict[str, str]:
     """Let reserved tokens take the names of new ones, where there are enough; return the old name of each."""
     added = sorted((number, token.content) for number, token in tokenizer.added_tokens_decoder.items())
-    free = [name for number, name in added if _RESERVED.fullmatch(name) and number < rows and name not in tokens]
+    named: Any = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    serving = {*named, *stop_token_ids(directory)}
+    free = [
+        name
+        for number, name in added
+        if _RESERVED.fullmatch(name) and number < rows and name not in tokens and number not in serving
+    ]
     if not fresh or len(free) < len(fresh):
         return {}
     taken = dict(zip(fresh, free, strict=False))

@@ -43,7 +43,8 @@ def _check_index(directory: Path, shown: str) -> None:
         UserError: naming what is missing, or that the index is none.
     """
     index = directory / _INDEX
-    if not index.exists():
+    # Where all weights are in one file, that is what is read, whatever lies beside it.
+    if not index.exists() or (directory / "model.safetensors").exists():
         return
     try:
         content = json.loads(index.read_text(encoding="utf-8"))

@@ -116,10 +116,12 @@ def _take_checkpoint(folder: Path, out: Path, job: Job) -> None:
     if strays := [name for name in ADAPTER_FILES if (folder / name).exists()]:
         job.note(f"{' and '.join(strays)} beside the model: an adapter, which is left out")
     for path in checkpoint_in(folder):
+        place = out / path.relative_to(folder)
+        place.parent.mkdir(exist_ok=True)
         if downloaded:
-            link_or_copy(path, out / path.name)
+            link_or_copy(path, place)
         else:
-            shutil.copyfile(path, out / path.name)
+            shutil.copyfile(path, place)
 
 
 def _link_artifact(uri: str, path: Path, out: Path) -> ModelFacts:
@@ -128,5 +130,6 @@ def _link_artifact(uri: str, path: Path, out: Path) -> ModelFacts:
     if manifest.kind != Model.kind:
         raise UserError(f"{uri}: this is a {manifest.kind}, where a model is needed")
     for name in manifest.files:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
         link_or_copy(path / name, out / name)
     return Model(path, manifest).facts

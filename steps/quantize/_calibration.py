@@ -24,7 +24,7 @@ def calibration_texts(data: Dataset | Documents, tokenizer: "PreTrainedTokenizer
     chosen = {index * data.facts.rows // count for index in range(count)}
     taken = [row for index, row in enumerate(read_jsonl(data.rows_file)) if index in chosen]
     if isinstance(data, Documents):
-        begins = PlainTexts(tokenizer, (), 1).begins
+        begins = str(tokenizer.bos_token) if PlainTexts(tokenizer, (), 1).skipped else ""
         return [begins + row["prompt"] + row["text"] for row in taken]
     return [whole_text(tokenizer, row["messages"]) for row in taken]
 

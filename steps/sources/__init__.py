@@ -14,7 +14,7 @@ from steps.frame.row_place import placed
 from steps.sources import chat_templates, hub, local, pypi, reasoning_gym, stdlib_docs
 from steps.sources.rows import SourceRow, read_file
 
-__all__ = ["SourceRow", "check", "fetch_model", "fetch_template", "fingerprint", "read_rows"]
+__all__ = ["SourceRow", "check", "fetch_model", "fetch_template", "fingerprint", "passed_over", "read_rows"]
 
 
 class Scheme(Protocol):
@@ -83,6 +83,11 @@ def model_at_hand(uri: str, cache: Path, root: Path) -> Path | None:
     scheme = None if uri in _BUILT_IN or uri.startswith("registry://") else _scheme(uri, root)
     found = getattr(scheme, "model_at_hand", None)
     return found(uri, cache, root) if found else None
+
+
+def passed_over(uri: str, root: Path) -> list[Path]:
+    """Return the data files of a directory that `read_rows` does not read, because others there are what it holds."""
+    return local.passed_over(uri, root) if uri not in _BUILT_IN and _scheme(uri, root) is local else []
 
 
 def fetch_template(uri: str, cache: Path, root: Path) -> Path:

@@ -18,7 +18,7 @@ from steps.artifacts import digest_file
 from steps.frame.errors import UserError
 from steps.sources.cache import cached, download
 from steps.sources.checkpoint import checkpoint_files
-from steps.sources.rows import is_data_file
+from steps.sources.rows import is_about, is_data_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +30,6 @@ _FORM = re.compile(
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")
-_ABOUT = re.compile(r"(^|/)(dataset_\w+|state|config|metadata)\.json$")
 _TRAIN = re.compile(r"(^|[/_.-])train([/_.-]|$)")
 
 
@@ -191,7 +190,7 @@ def _data_files(names: list[str], label: str) -> list[str]:
     """Choose the files of one format, and of the training split where files are named by split."""
     for ending in (".parquet", ".jsonl", ".csv", ".json"):
         # What the `datasets` library writes beside the data is none.
-        if found := [name for name in names if name.endswith(ending) and not _ABOUT.search(name)]:
+        if found := [name for name in names if name.endswith(ending) and not is_about(name)]:
             return [name for name in found if _TRAIN.search(name)] or found
     raise UserError(f"{label}: the repository holds no .parquet, .jsonl, .csv or .json file")
 

@@ -9,7 +9,7 @@ from steps.artifacts import digest_file
 from steps.artifacts.tree import tree_sha256
 from steps.frame.errors import UserError
 from steps.sources.checkpoint import checkpoint_in
-from steps.sources.rows import ENDINGS, TEXTS, is_data_file
+from steps.sources.rows import ENDINGS, TEXTS, is_about, is_data_file
 
 _WILDCARDS = "*?["
 
@@ -76,7 +76,7 @@ def _files_in(directory: Path) -> list[Path]:
         UserError: it is no checkpoint, and holds no data either.
     """
     data = _data_below(directory)
-    tables = [path for path in data if not _is_by_name(path)]
+    tables = [path for path in data if path.suffix.lower() not in (*TEXTS, ".json")]
     try:
         return sorted({*checkpoint_in(directory), *tables})
     except UserError:
@@ -86,19 +86,27 @@ def _files_in(directory: Path) -> list[Path]:
         return data
 
 
+def passed_over(uri: str, root: Path) -> list[Path]:
+    """Return the plain texts that a directory holds beside tables: they are taken only where they are named."""
+    return sorted(
+        path for place in _find(uri, root) if place.is_dir() for path in {*_every(place)} - {*_data_below(place)}
+    )
+
+
 def _data_below(directory: Path) -> list[Path]:
-    """Return the data files in a directory and those within it; what is hidden is left out.
+    """Return the data files in a directory and those within it.
 
-    Where there are tables, plain text and JSON beside them are about them (a README); else they are what it holds.
+    Where there are tables, plain text beside them is left out; else it is what the directory holds.
     """
+    found = _every(directory)
+    return [path for path in found if path.suffix.lower() not in TEXTS] or found
+
+
+def _every(directory: Path) -> list[Path]:
+    """Return all data files below a directory, sorted; what is hidden, or only tells of the others, is left out."""
     every = (path for path in directory.rglob("*") if is_data_file(path.name) and path.is_file())
-    found = sorted(path for path in every if not any(part[0] == "." for part in path.relative_to(directory).parts))
-    return [path for path in found if not _is_by_name(path)] or found
-
-
-def _is_by_name(path: Path) -> bool:
-    """Whether a file, beside tables or a model, is data only where it is named."""
-    return path.suffix.lower() in (*TEXTS, ".json")
+    shown = (path for path in every if not any(part[0] == "." for part in path.relative_to(directory).parts))
+    return sorted(path for path in shown if not is_about(path.name))
 
 
 def _find(uri: str, root: Path) -> list[Path]:

@@ -4,10 +4,11 @@ import csv
 import datetime
 import decimal
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from steps.frame.errors import UserError
@@ -46,6 +47,11 @@ def is_data_file(name: str) -> bool:
     return Path(name).suffix.lower() in _READERS
 
 
+def is_about(name: str) -> bool:
+    """Whether a file only tells of data or a model beside it: a README, or what libraries write with them."""
+    return _ABOUT.fullmatch(PurePosixPath(name).name.lower()) is not None
+
+
 def _read_jsonl(path: Path, label: str) -> Iterator[SourceRow]:
     """Yield one JSON object a line. Empty lines are allowed at the end only: in the middle they hide a lost row."""
     empty = 0
@@ -65,8 +71,15 @@ def _read_jsonl(path: Path, label: str) -> Iterator[SourceRow]:
             if not isinstance(values, dict):
                 raise UserError(f"{where}: a JSON {_json_name(values)}, where each line must be one JSON object")
             # An escape (`\\ud83d`) is the only way in which half a pair gets into JSON.
-            mended = _without_halves(values) if b"\\u" in line else values
+            mended = _mended(values, where) if b"\\u" in line else values
             yield SourceRow(mended, where, mended != values)
+
+
+def _mended(values: Any, where: str) -> Any:
+    try:
+        return _without_halves(values)
+    except RecursionError:
+        raise UserError(f"{where}: it is nested too deeply to be read") from None
 
 
 def _without_halves(value: Any) -> Any:
@@ -91,17 +104,21 @@ def _read_parquet(path: Path, label: str) -> Iterator[SourceRow]:
         for batch in batches:
             for values in batch.to_pylist():
                 number += 1
-                yield SourceRow(_plain(values), f"{label} row {number}")
+                row = {key: _plain(each) for key, each in values.items()}
+                yield SourceRow(row, f"{label} row {number}")
     # Of damaged files some are told by exceptions of the system's kind.
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise UserError(f"{label}: not a readable Parquet file ({' '.join(str(error).split())[:300]})") from None
 
 
 def _plain(value: Any) -> Any:
-    """Return a value with dates, times and decimals as text: JSON, in which rows go on, has none."""
+    """Return a cell as JSON would hold it: dates, times and decimals as text, objects without keys that say nothing.
+
+    Every object of a column has the keys of all, null where it has none of its own.
+    """
     match value:
         case dict():
-            return {key: _plain(each) for key, each in value.items()}
+            return {key: _plain(each) for key, each in value.items() if each is not None}
         case list() | tuple():
             return [_plain(each) for each in value]
         case datetime.date() | datetime.time():
@@ -138,14 +155,21 @@ def _read_json(path: Path, label: str) -> Iterator[SourceRow]:
     try:
         rows = json.loads(path.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
+        if str(error).startswith("Extra data"):
+            # Many files of this name hold an object a line.
+            yield from _read_jsonl(path, label)
+            return
         raise UserError(f"{label}: not valid JSON ({str(error).partition('; use sys.')[0]})") from None
+    if isinstance(rows, dict):
+        inner = [each for each in rows.values() if isinstance(each, list) and each and isinstance(each[0], dict)]
+        rows = inner[0] if len(inner) == 1 else rows
     if not isinstance(rows, list):
         raise UserError(f"{label}: a JSON {_json_name(rows)}, where the file must be one array of objects")
     for number, values in enumerate(rows, start=1):
         where = f"{label} row {number}"
         if not isinstance(values, dict):
             raise UserError(f"{where}: a JSON {_json_name(values)}, where each row must be one JSON object")
-        mended = _without_halves(values)
+        mended = _mended(values, where)
         # No number equals itself that is none.
         yield SourceRow(mended, where, repr(mended) != repr(values))
 
@@ -158,6 +182,11 @@ def _read_text(path: Path, label: str) -> Iterator[SourceRow]:
         raise UserError(f"{label}: not UTF-8 ({error})") from None
 
 
+_ABOUT = re.compile(
+    r"(readme|licen[cs]e|changelog|contributing|citation|notice)[\w.-]*"
+    r"|(dataset_infos?|dataset_dict|state|config|metadata|(generation|tokenizer|adapter|preprocessor)_config"
+    r"|tokenizer|vocab|special_tokens_map|added_tokens|[\w.-]*\.index)\.json"
+)
 TEXTS = (".txt", ".md")
 """Endings of files that are one document each."""
 _READERS: dict[str, Callable[[Path, str], Iterator[SourceRow]]] = {

@@ -88,4 +88,4 @@ def test_an_adapter_on_tied_embeddings_is_refused_before_anything_runs(
 
 def test_a_misspelt_template_is_known(recipe: Any, home: Home, tmp_path: Path) -> None:
     said = reasons(recipe(("base: file://base", "base: {uri: file://base, template: chatlm}")), home, tmp_path)
-    assert "chatlm: no such chat template; did you mean `chatml`?" in said["base"]
+    assert "template: no chat template `chatlm`; did you mean `chatml`?" in said["base"]

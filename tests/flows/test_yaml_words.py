@@ -47,11 +47,11 @@ def test_words_and_defaults() -> None:
     assert keys["optimizer"]["type"] == "adamw | adamw_8bit | muon"
     assert keys["packing"]["type"] == "true | false"
     assert keys["early_stopping"]["type"] == "{patience, min_delta} | null"
-    assert keys["data"]["type"] == "step that gives Dataset"
+    assert keys["data"]["type"] == "step that gives Dataset | Documents"
     rewards = describe_kind(load_kind("train.grpo"))["keys"]["rewards"]["type"]
     assert rewards.startswith("[{kind: ") and "math_verify" in rewards
     columns = describe_kind(load_kind("data.prepare"))["keys"]["columns"]["type"]
-    assert columns == "{messages, system, user, assistant: text}"
+    assert columns == "{messages, system, user, assistant, text, prompt, completion: text}"
 
 
 @pytest.mark.parametrize("name", kind_names())

@@ -45,7 +45,7 @@ def test_reasoning_that_is_dropped_from_earlier_turns_hinders_nobody_who_looks_a
     stops = pico.facts.stop_token_ids
     (sample,) = choose_samples(data, tokenizer, stops, rows=1, max_tokens=400)
     assert "easy" not in sample.text and "more" in sample.text
-    given: Any = SimpleNamespace(data=data, model=pico, max_new_tokens=100, prompt_tokens=999, prompts=5)
+    given: Any = SimpleNamespace(data=data, model=pico, base=pico, max_new_tokens=100, prompt_tokens=999, prompts=5)
     job: Any = None
     (row,) = prompts_and_answers(given, tokenizer, job)
     assert tokenizer.decode(row["answer"]).startswith("<think>more</think>three")

@@ -82,7 +82,7 @@ def test_columns_and_keys_that_nobody_reads_are_named(bench: Any, jsonl: Lines) 
     assert result.status == "refused", "a row without the column that is named"
     rows[0] |= {"doc": ""}
     result = bench.attempt("data.prepare", None, source=jsonl(rows), eval_fraction=0, group="doc")
-    assert result.notes == ("not used: `level` (2 rows), `messages.name` (1 rows), `system` (1 rows)",)
+    assert result.notes == ("not used: `level` (2 rows), `messages.name` (1 rows)",)
     plain = [{"q": "1?", "a": "1", "input": "x"}, {"q": "2?", "a": "2", "input": ""}]
     columns = {"user": "q", "assistant": "a"}
     result = bench.attempt("data.prepare", None, source=jsonl(plain), eval_fraction=0, columns=columns)

@@ -153,7 +153,7 @@ def test_settings_of_conversations_are_refused(bench: Any, write: Write, config:
     ("text", "said"),
     [
         ('{"text": 3}', "rows.jsonl line 1: column `text` must be text, not int"),
-        ('{"text": " "}', "rows.jsonl line 1: column `text` is empty"),
+        ('{"text": " "}', "rows.jsonl: no rows are left of the 1 read"),
         ('{"texts": "x"}', "rows.jsonl line 1: there is no column `text`; did you mean `texts`?"),
     ],
 )

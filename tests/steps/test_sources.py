@@ -142,7 +142,7 @@ def test_a_pickle_or_a_bare_directory_is_no_checkpoint(tmp_path: Path, write: Wr
     write("pickled/pytorch_model.bin", "x")
     with pytest.raises(UserError, match=r"pickled: the weights are a pickle \(pytorch_model\.bin\)"):
         check("pickled", tmp_path, tmp_path)
-    write("bare/notes.txt", "x")
+    write("bare/notes.log", "x")
     with pytest.raises(UserError, match=r"bare: no \*\.safetensors file"):
         check("bare", tmp_path, tmp_path)
     with pytest.raises(UserError, match="is a directory without data files"):

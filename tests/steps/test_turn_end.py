@@ -239,7 +239,7 @@ def test_of_several_templates_the_default_one_counts(base: Path) -> None:
     assert stop_at_turn_end(base) == 2 and stop_token_ids(base) == (0, 2)
     file.write_text(json.dumps(settings | {"chat_template": several[:1]}))
     assert chat_template(base) is None and stop_at_turn_end(base) is None
-    with pytest.raises(UserError, match="none of the chat templates `tool_use` is named `default`; add the one"):
+    with pytest.raises(UserError, match="none of the chat templates `tool_use` is named `default`; name the one"):
         render(load_tokenizer(base), QUESTION)
 
 

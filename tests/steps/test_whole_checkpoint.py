@@ -61,6 +61,10 @@ def test_tensors_that_nobody_uses_are_named(bench: Any, checkpoint: Path) -> Non
 
 
 def test_a_shard_that_the_index_names_must_be_there(bench: Any, checkpoint: Path) -> None:
+    index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (checkpoint / INDEX).write_text(json.dumps(index))
+    # A stale one beside the one file that is read says nothing.
+    assert bench.attempt("model.source", {}, uri=f"file://{checkpoint}").status == "finished"
     (checkpoint / WEIGHTS).rename(checkpoint / "model-00001-of-00002.safetensors")
     names = load_file(checkpoint / "model-00001-of-00002.safetensors").keys()
     files = dict.fromkeys(names, "model-00001-of-00002.safetensors")
