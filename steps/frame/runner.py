@@ -28,6 +28,8 @@ from steps.frame.spec import LOG_NAME, RESULT_NAME, InputSpec, StepResult, StepS
 
 _ROOM = Path(__file__).parents[1]
 """The directory of all steps."""
+_LONGEST = 600
+"""Letters of a message."""
 
 
 def run_step(spec: StepSpec) -> StepResult:
@@ -51,7 +53,7 @@ def run_step(spec: StepSpec) -> StepResult:
     except PartDone:
         return StepResult(status="finished", seconds=time.perf_counter() - began)
     except UserError as error:
-        result = StepResult(status="refused", message=str(error))
+        result = StepResult(status="refused", message=_brief(str(error)))
     except Exception as error:
         # Where the disk is full, the log and the result need the room that the half-made output takes.
         shutil.rmtree(spec.work / "staging", ignore_errors=True)
@@ -258,6 +260,12 @@ def _disk_full(spec: StepSpec) -> str:
     )
 
 
+def _brief(said: str) -> str:
+    """Return a sentence on one line, without the midst of what someone's data or library made endless."""
+    line = " ".join(said.splitlines()) if "\n" in said else said
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 160]} ... {line[-150:]}"
+
+
 def _failed(spec: StepSpec, error: Exception, at: str) -> StepResult:
     """Say in one sentence what happened, at which row, in which file of ours, and where the rest is told.
 
@@ -276,7 +284,7 @@ def _failed(spec: StepSpec, error: Exception, at: str) -> StepResult:
     places = [at, *(f"{Path(each.filename).relative_to(_ROOM.parent)} line {each.lineno}" for each in ours[-1:])]
     where = ", ".join(filter(None, places))
     return StepResult(
-        status="failed", message=f"{said}{f' (at {where})' if where else ''}; its log is {spec.work / LOG_NAME}"
+        status="failed", message=f"{_brief(said)}{f' (at {where})' if where else ''}; its log is {spec.work / LOG_NAME}"
     )
 
 

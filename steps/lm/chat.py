@@ -5,7 +5,7 @@ Everything that trains on, calibrates with or measures a conversation must see t
 
 import json
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,7 +86,7 @@ def render(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message], *,
     shown = [{key: value for key, value in message.items() if key != "tools"} for message in messages]
     calls = any(message.get("tool_calls") for message in shown)
     why: UserError | None = None
-    for each in (shown, *(_other_calls(shown) if calls else ())):
+    for each in (shown, _with_text(shown)) if calls else (shown,):
         try:
             text = _applied(tokenizer, _with_apart(tokenizer, each), tools, prompt=prompt)
             _check_tools(tokenizer, shown, tools, text)
@@ -98,14 +98,13 @@ def render(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message], *,
     raise why
 
 
-def _other_calls(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Yield messages as other templates want calls: without any content beside them, and their arguments as text."""
-    bare = [
-        {**message, "content": None} if message.get("tool_calls") and not message["content"] else message
-        for message in messages
-    ]
-    yield bare
-    yield [{**message, "tool_calls": [_as_text(call) for call in message.get("tool_calls") or ()]} for message in bare]
+def _with_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages whose calls have their arguments as text, as some templates want them (DeepSeek's)."""
+    found = []
+    for message in messages:
+        calls = [_as_text(call) for call in message.get("tool_calls") or ()]
+        found.append({**message, "tool_calls": calls} if calls else message)
+    return found
 
 
 def _as_text(call: Mapping[str, Any]) -> dict[str, Any]:

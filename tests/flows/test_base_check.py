@@ -89,3 +89,17 @@ def test_an_adapter_on_tied_embeddings_is_refused_before_anything_runs(
 def test_a_misspelt_template_is_known(recipe: Any, home: Home, tmp_path: Path) -> None:
     said = reasons(recipe(("base: file://base", "base: {uri: file://base, template: chatlm}")), home, tmp_path)
     assert "template: no chat template `chatlm`; did you mean `chatml`?" in said["base"]
+
+
+def test_models_that_render_nothing_need_no_template(pico: Any, base: Path, home: Home, tmp_path: Path) -> None:
+    """A teacher gives probabilities of the student's text, and what adapters were trained on only its weights."""
+    text = """
+name: taught
+base: {uri: file://base, template: chatml}
+steps:
+  old: {uses: model.source, uri: file://base}
+  data: {uses: data.prepare, source: rows.jsonl, eval_fraction: 0}
+  kd: {uses: train.distill, model: base, teacher: old, data: data.train, max_steps: 2, adapter: {kind: full}}
+  score: {uses: evaluate.tasks, model: old, candidates: [kd], data: data.train, verifier: {kind: exact}}
+"""
+    assert reasons(builder(text, tmp_path / "taught.yaml")(), home, tmp_path) == {}
