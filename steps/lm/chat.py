@@ -71,9 +71,8 @@ def render(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message], *,
     """Return the text of a conversation in the chat template; with `prompt` it ends where the assistant begins.
 
     Raises:
-        UserError: the tokenizer has no chat template, or its template refuses the messages.
+        UserError: the tokenizer has no chat template, or its template refuses the messages, or their tools.
     """
-
     if not tokenizer.chat_template:
         raise UserError(f"{_named(tokenizer)}: {NO_TEMPLATE}")
     if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:

@@ -55,10 +55,11 @@ class ModelSource(StepConfig):
 def model_source(config: ModelSource, job: Job) -> Draft:
     """Fetch the model and put it down as a checkpoint; nothing of it is run, and no pickle is opened."""
     out = job.output()
-    licence, chosen_on = config.licence, ()
+    licence, chosen_on, new_tokens = config.licence, (), set[int]()
     if config.uri in job.resolved:
         registered = _link_artifact(config.uri, job.resolved[config.uri].path, out)
         licence, chosen_on = licence or registered.licence, registered.chosen_on
+        new_tokens |= {*registered.new_tokens}
     else:
         found = fetch_model(config.uri, job.cache, Path.cwd())
         if found.is_file():
@@ -68,7 +69,8 @@ def model_source(config: ModelSource, job: Job) -> Draft:
         else:
             _take_checkpoint(found, out, job)
             check_whole(out, config.uri, job.note)
-    new_tokens = _with_template(config.template, out, job) if config.template else set[int]()
+    if config.template:
+        new_tokens |= _with_template(config.template, out, job)
     facts = model_facts(out, origin=config.uri, licence=licence)
     before = set(facts.stop_token_ids)
     if (end := stop_at_turn_end(out)) is not None and end not in before:

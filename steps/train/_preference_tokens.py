@@ -9,7 +9,7 @@ from steps.artifacts import Model, Preferences
 from steps.frame import Job, UserError
 from steps.lm.chat import conversation, without_control_tokens
 from steps.lm.rows import read_jsonl
-from steps.train._rows import longest_row, note_rows
+from steps.train._rows import longest_row, note_rows, note_spelled, stop_texts
 
 if TYPE_CHECKING:
     from datasets import Dataset as Table
@@ -61,6 +61,8 @@ class Encoder:
         self.longest = longest_row(model.path, max_tokens)
         self.job = job
         self._stops = model.facts.stop_token_ids
+        self._ends = stop_texts(tokenizer, self._stops)
+        self._spelled = 0
 
     def pairs(self, data: Preferences, field: str) -> list[Pair]:
         """Return the pairs cut to `max_tokens`; those whose sides are then empty or equal are left out.
@@ -108,6 +110,7 @@ class Encoder:
     def encoded(self, prompt: Sequence[Mapping[str, str]], answer: str) -> tuple[list[int], int]:
         """Return prompt and answer up to the answer's stop token, and where the answer begins."""
         written = without_control_tokens(self.tokenizer, answer) if self.letters else answer
+        self._spelled += any(end in written for end in self._ends)
         messages = [*prompt, {"role": "assistant", "content": written}]
         rendered = conversation(self.tokenizer, messages, self._stops, only_last=True)
         turn = rendered.turns[-1]
@@ -127,6 +130,8 @@ class Encoder:
                 f"step `{self.job.name}`: no row of `{field}` has an answer within {self.longest.reason}; raise it"
             )
         note_rows(self.job, field, found, left_out=found - kept, cut=cut, longest=self.longest)
+        note_spelled(self.job, field, found, min(self._spelled, found))
+        self._spelled = 0
         prefix = "" if field == "data" else f"{field}/"
         self.job.log_metrics({f"{prefix}rows": kept, f"{prefix}rows_cut": cut, f"{prefix}rows_dropped": found - kept})
 

@@ -3,9 +3,12 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from steps.frame import Job, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,21 @@ def longest_row(model: Path, max_tokens: int) -> Longest:
     if positions is not None and positions < max_tokens:
         return Longest(positions, f"the model's {positions} positions (below max_tokens: {max_tokens})")
     return Longest(max_tokens, f"max_tokens: {max_tokens}")
+
+
+def note_spelled(job: Job, field: str, rows: int, spelled: int) -> None:
+    """Note in how many rows an answer spells a stop token, behind which nothing is learned."""
+    if spelled:
+        job.note(
+            f"in {spelled} of {rows} rows of `{field}` an answer spells a stop token, and what stands behind it is not "
+            "learned; `control_tokens: escape` of data.prepare keeps it"
+        )
+
+
+def stop_texts(tokenizer: "PreTrainedTokenizerFast", stops: Sequence[int]) -> tuple[str, ...]:
+    """Return how stop tokens are spelled."""
+    found: Any = tokenizer.convert_ids_to_tokens(list(stops))
+    return tuple(str(text) for text in found if text)
 
 
 def check_no_tools(job: Job, field: str, prompts: Iterable[Sequence[Mapping[str, Any]]]) -> None:

@@ -11,7 +11,7 @@ from steps.lm.plain_text import PlainTexts
 from steps.lm.rows import read_jsonl
 from steps.train._adapters import trainable_model, trained_draft
 from steps.train._checkpoints import checkpoints, train
-from steps.train._rows import longest_row, note_rows
+from steps.train._rows import longest_row, note_rows, note_spelled, stop_texts
 from steps.train._settings import LIBRARIES, PRELOAD, Training, common_arguments, training_tokenizer
 
 if TYPE_CHECKING:
@@ -101,13 +101,16 @@ def tokenised(
 
     rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     field, longest = "eval" if prefix else "data", longest_row(config.model.path, config.max_tokens)
-    seen = cut = apart = without = 0
+    seen = cut = apart = without = spelled = 0
+    ends = stop_texts(tokenizer, config.model.facts.stop_token_ids)
     plain = PlainTexts(tokenizer, config.model.facts.stop_token_ids, longest.tokens)
     for row in read_jsonl(data.rows_file):
         if isinstance(data, Documents):
             found = plain.learned(row, whole=data.facts.layout == "text")
         else:
             found = labelled(row["messages"], tokenizer, config.model.facts.stop_token_ids, config.train_on)
+            said = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
+            spelled += any(end in text for text in said for end in ends)
         seen += 1
         apart += len(found) > 1 and isinstance(data, Dataset)
         cut += any(len(ids) > longest.tokens for ids, _ in found)
@@ -128,6 +131,7 @@ def tokenised(
             "turns otherwise than they were said"
         )
     note_rows(job, field, seen, left_out=without, cut=cut, longest=longest)
+    note_spelled(job, field, seen, spelled)
     counts = {
         "rows": len(rows["labels"]),
         "rows_cut": cut,

@@ -178,3 +178,6 @@ def test_a_text_that_spells_a_control_token_is_refused_escaped_or_kept(bench: An
         assert any("1 rows spell a control token" in note and "line 1" in note for note in result.notes)
         data = bench.run("data.prepare", {"model": pico}, control_tokens=way, **settings)["train"]
         assert content in [row["messages"][1]["content"] for row in read_jsonl(data.rows_file)]
+        trained = bench.attempt("train.sft", {"model": pico, "data": data}, adapter={"kind": "lora"}, max_steps=1)
+        said = any("in 1 of 2 rows of `data` an answer spells a stop token" in note for note in trained.notes)
+        assert said is (way == "keep")
