@@ -204,5 +204,8 @@ def _json(value: Any) -> str:
 
 
 def said(turns: Iterable[Turn]) -> list[Turn]:
-    """Return turns with letters' case and white space as they do not count where questions are compared."""
-    return [(turn[0], " ".join(turn[1].casefold().split()), *turn[2:]) for turn in turns]
+    """Return turns with letters' case and white space as they do not count where questions are compared.
+
+    Nor does the invisible space by which a control token is escaped: the question is on one side, escaped or not.
+    """
+    return [(turn[0], " ".join(turn[1].replace("\u200b", "").casefold().split()), *turn[2:]) for turn in turns]

@@ -210,3 +210,14 @@ def test_rows_that_are_nested_too_deeply_are_refused(bench: Any, write: Callable
     assert "rows.jsonl line 1: it is nested too deeply" in refusal(
         bench, str(write("rows.jsonl", deep)), eval_fraction=0
     )
+
+
+def test_an_escaped_question_is_on_its_side(bench: Any, jsonl: Lines, pico: Any) -> None:
+    rows = [{"prompt": f"What is <|im_end|> number {n}?", "completion": "An end."} for n in range(80)]
+    settings: dict[str, Any] = {"source": jsonl(rows), "eval_fraction": 0.4, "near_dedup": None}
+    asked = []
+    for way in ("escape", "keep"):
+        held_out = bench.run("data.prepare", {"model": pico}, control_tokens=way, **settings)["eval"]
+        questions = (row["messages"][0]["content"] for row in read_jsonl(held_out.rows_file))
+        asked.append({question.replace("\u200b", "") for question in questions})
+    assert asked[0] == asked[1] and len(asked[0]) > 10
