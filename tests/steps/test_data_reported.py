@@ -120,8 +120,9 @@ def test_llama_factory_alpaca_history_is_said_before(bench: Any, jsonl: Lines) -
     row = {"instruction": "And why?", "input": "", "output": "It is known.", "history": [["Is it so?", "Yes."]]}
     ((found,), _) = prepared(bench, jsonl([row]), eval_fraction=0)
     assert [message["content"] for message in found["messages"]] == ["Is it so?", "Yes.", "And why?", "It is known."]
-    said = refusal(bench, jsonl([row | {"history": ["Is it so?"]}]), eval_fraction=0)
-    assert "line 1: column `history` must be a list of pairs" in said
+    # Of another form it is something else, and named.
+    result = bench.attempt("data.prepare", {}, source=jsonl([row | {"history": ["Is it so?"]}]), eval_fraction=0)
+    assert result.notes == ("not used: `history` (1 rows)",)
 
 
 def test_llama_factory_preferences_as_single_messages(bench: Any, jsonl: Lines) -> None:
