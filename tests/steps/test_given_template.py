@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from steps.frame import UserError
 from steps.lm.chat import conversation, render, token_ids
 from steps.lm.checkpoint import load_model, load_tokenizer
+from steps.model._template import template_text
+from steps.sources import fetch_template
 from steps.sources.chat_templates import NAMES
+from tests.steps.hub_server import running_hub
 
 TALK = [
     {"role": "system", "content": "Be brief."},
@@ -146,12 +149,22 @@ def test_a_template_without_an_end_is_refused(bench: Any, base: Path, tmp_path: 
     assert result.status == "refused" and "no token ends the assistant's turn" in result.message
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Callable[[str], Path]:
-    """Write a recipe beside the data."""
-
-    def write_recipe(text: str) -> Path:
-        (tmp_path / "r.yaml").write_text(text)
-        return tmp_path / "r.yaml"
-
-    return write_recipe
+def test_a_hubs_model_lends_its_template_and_a_registrys_too(
+    bench: Any, base: Path, pico: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = ("chat_template.jinja", "tokenizer_config.json", "config.json", "model.safetensors")
+    with running_hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        commit = hub.add("models/org/talks", {name: (pico.path / name).read_bytes() for name in files})
+        uri = f"hf://org/talks@{commit}"
+        place = fetch_template(uri, tmp_path / "cache", tmp_path)
+        assert {path.name for path in place.iterdir()} == {"chat_template.jinja", "tokenizer_config.json"}
+        one = fetch_template(f"{uri}/chat_template.jinja", tmp_path / "cache", tmp_path)
+        assert one.read_bytes() == (pico.path / "chat_template.jinja").read_bytes()
+        with pytest.raises(UserError, match=r"the repository holds no other\.jinja"):
+            fetch_template(f"{uri}/other.jinja", tmp_path / "cache", tmp_path)
+    # The hub is gone: the commit is in the cache.
+    assert fetch_template(uri, tmp_path / "cache", tmp_path) == place
+    text = template_text("registry://talks@champion", base, tmp_path, pico.path)
+    assert text == (pico.path / "chat_template.jinja").read_text()
